@@ -1,0 +1,201 @@
+"""The codebook: prototypes of redundant visual tokens with their manifest, loaded from a folder or the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from codebook_schemas import CodebookManifest, UserError
+from codebook_schemas.files import replace_atomically
+
+ALLOW_PATTERNS = ["manifest.json", "*.safetensors", "index/*.faiss", "*.parquet", "README.md"]
+ELEMENTS_PER_BLOCK = 1 << 26
+
+
+class Codebook:
+    """Prototypes [n, d] with support [n] (distinct source images) and cluster [n], and the manifest they came with.
+
+    `folder` is where they were loaded from (None for a codebook made in memory): index and provenance live there.
+    """
+
+    def __init__(
+        self,
+        prototypes: Tensor,
+        support: Tensor,
+        cluster: Tensor,
+        manifest: CodebookManifest,
+        folder: Path | None = None,
+    ) -> None:
+        check_tensors({"prototypes": prototypes, "support": support, "cluster": cluster}, manifest.dimension, "codebook")
+        self.prototypes, self.support, self.cluster = prototypes, support, cluster
+        self.manifest, self.folder = manifest, folder
+        self._units: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.prototypes)
+
+    def __repr__(self) -> str:
+        return f"Codebook({len(self)} x {self.manifest.dimension}, {self.manifest.model.id}, version {self.manifest.version})"
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> Codebook:
+        """Load a codebook from a local folder or a Hub id; every file is verified before it is parsed.
+
+        Raises:
+            UserError: no codebook there, or a damaged one; names the file.
+        """
+        folder = locate(name, revision)
+        manifest = CodebookManifest.read(folder)
+        names = [part.prototypes for part in manifest.parts]
+        manifest.verify(folder, names)
+        parts = [_load_part(folder / part.prototypes, part.rows, manifest.dimension) for part in manifest.parts]
+        joined = {key: torch.cat([part[key] for part in parts]) for key in ("prototypes", "support", "cluster")}
+        return cls(**joined, manifest=manifest, folder=folder)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Copy the codebook's verified files to another folder, manifest last.
+
+        Raises:
+            UserError: the codebook was not loaded from a folder, or the target already holds another codebook.
+        """
+        target = Path(folder)
+        source = self._source()
+        if target.resolve() == source.resolve():
+            return
+        if (target / "manifest.json").exists():
+            raise UserError(f"{target} already holds a codebook: choose another folder")
+        self.manifest.verify(source)
+        for name in sorted(self.manifest.files):
+            path = target / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_atomically(path, (source / name).read_bytes())
+        self.manifest.commit(target)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload the folder to the Hugging Face Hub; returns the commit's address."""
+        from huggingface_hub import HfApi
+
+        source = self._source()
+        self.manifest.verify(source)
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        info = api.upload_folder(
+            repo_id=repo_id, folder_path=source, allow_patterns=ALLOW_PATTERNS, commit_message=f"Codebook v{self.manifest.version}"
+        )
+        return str(info.commit_url)
+
+    def _source(self) -> Path:
+        if self.folder is None:
+            raise UserError("this codebook lives in memory only: write it with codebook_builder first")
+        return self.folder
+
+    def unit_prototypes(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """L2-normalised prototypes [n, d] on a device, kept there between calls."""
+        key = (str(device), dtype)
+        if key not in self._units:
+            self._units[key] = F.normalize(self.prototypes.float(), dim=-1).to(device, dtype)
+        return self._units[key]
+
+    def cosine(self, tokens: Tensor) -> Tensor:
+        """Cosine of every token [n, d] to every prototype: [n, prototypes], float32.
+
+        Normalisation is done in float32, the product in the tokens' own dtype.
+        """
+        self._check(tokens)
+        unit = F.normalize(tokens.float(), dim=-1).to(tokens.dtype)
+        return (unit @ self.unit_prototypes(tokens.device, tokens.dtype).T).float()
+
+    def similarity(self, tokens: Tensor) -> Tensor:
+        """Redundancy score (method, section 4): max_j cos(v_i, c_j) of tokens [n, d]; [n] float32, in [-1, 1].
+
+        Computed in blocks, so that memory stays bounded whatever the number of prototypes.
+        """
+        self._check(tokens)
+        unit = F.normalize(tokens.float(), dim=-1).to(tokens.dtype)
+        prototypes = self.unit_prototypes(tokens.device, tokens.dtype)
+        block = max(1, ELEMENTS_PER_BLOCK // max(1, len(tokens)))
+        best = [(unit @ chunk.T).amax(-1) for chunk in prototypes.split(block)]
+        return torch.stack(best).amax(0).float()
+
+    def _check(self, tokens: Tensor) -> None:
+        if tokens.ndim != 2 or tokens.shape[-1] != self.manifest.dimension:
+            raise UserError(
+                f"this codebook has dimension {self.manifest.dimension} (model {self.manifest.model.id}), the tokens are "
+                f"{list(tokens.shape)}: it belongs to another model"
+            )
+
+    def check_model(self, adapter: Any) -> None:
+        """Refuse a model this codebook was not built from.
+
+        Raises:
+            UserError: dimension, family or connector fingerprint differ (the last only if the manifest has one).
+        """
+        model = self.manifest.model
+        if adapter.hidden_size != self.manifest.dimension:
+            raise UserError(
+                f"codebook of {model.id} has dimension {self.manifest.dimension}, the model has {adapter.hidden_size}: "
+                "use a codebook built from this model"
+            )
+        if adapter.family != model.family:
+            raise UserError(f"codebook was built for model type '{model.family}', this model is a '{adapter.family}'")
+        if model.fingerprint is not None and adapter.fingerprint() != model.fingerprint:
+            raise UserError(
+                f"codebook was built from {model.id} (connector {model.fingerprint}), this model's connector is "
+                f"{adapter.fingerprint()}: build a codebook from this model"
+            )
+
+
+def locate(name: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a codebook: `name` itself, or a snapshot of the Hub repository `owner/name`."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    text = str(name)
+    if text.startswith((".", "/", "~")) or text.count("/") != 1 or path.exists():
+        raise UserError(f"no codebook at {name}: it is neither a folder nor a Hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(text, revision=revision, allow_patterns=ALLOW_PATTERNS))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot fetch codebook {name} from the Hub, and no such folder exists: {reason}") from None
+
+
+def check_tensors(tensors: dict[str, Tensor], dimension: int, source: str) -> None:
+    """Shapes, dtypes and finiteness of a codebook's tensors; raises UserError naming `source`."""
+    prototypes, support, cluster = tensors["prototypes"], tensors["support"], tensors["cluster"]
+    if prototypes.ndim != 2 or prototypes.shape[1] != dimension or len(prototypes) == 0:
+        raise UserError(f"{source}: prototypes must be [n, {dimension}] with n >= 1, not {list(prototypes.shape)}")
+    if not prototypes.is_floating_point():
+        raise UserError(f"{source}: prototypes must be floating point, not {prototypes.dtype}")
+    for name, value in (("support", support), ("cluster", cluster)):
+        if value.shape != (len(prototypes),) or value.dtype != torch.int32:
+            raise UserError(f"{source}: {name} must be int32 [{len(prototypes)}], not {value.dtype} {list(value.shape)}")
+    norms = prototypes.float().norm(dim=-1)
+    if not torch.isfinite(norms).all() or bool((norms == 0).any()):
+        raise UserError(f"{source}: prototypes contain NaN, infinite or zero vectors")
+
+
+def _load_part(path: Path, rows: int, dimension: int) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if set(tensors) != {"prototypes", "support", "cluster"}:
+        raise UserError(f"{path} must hold prototypes, support and cluster, not {sorted(tensors)}")
+    check_tensors(tensors, dimension, str(path))
+    if len(tensors["prototypes"]) != rows:
+        raise UserError(f"{path} has {len(tensors['prototypes'])} prototypes, the manifest says {rows}")
+    return tensors
+
+
+__all__ = ["Codebook", "check_tensors", "locate"]

@@ -1,0 +1,68 @@
+"""Crash-safe files: atomic replace, create-if-absent, hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+CHUNK = 1 << 20
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hex SHA-256 of a file, read in chunks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while chunk := handle.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync a folder so that a rename or link in it survives a crash."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and fsync it (not atomic: use it for files nothing refers to yet)."""
+    with open(path, "wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _through_temporary(path: Path, data: bytes, publish: Callable[[Path], None]) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        write_synced(temporary, data)
+        publish(temporary)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace_atomically(path: Path, data: bytes) -> None:
+    """Write `path` so that a reader sees the old file or the new one, never half of one."""
+    _through_temporary(path, data, lambda temporary: os.replace(temporary, path))
+
+
+def create_exclusively(path: Path, data: bytes) -> bool:
+    """Create `path` only if absent, complete from the first moment it exists; True for the one writer that won."""
+    won = False
+
+    def link(temporary: Path) -> None:
+        nonlocal won
+        try:
+            os.link(temporary, path)
+            won = True
+        except FileExistsError:
+            won = False
+
+    _through_temporary(path, data, link)
+    return won

@@ -1,0 +1,47 @@
+"""The input manifest that `codebook-build scan` writes and a build verifies its shards against."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from codebook_schemas.config import Strict, content_hash, describe
+from codebook_schemas.errors import UserError
+from codebook_schemas.files import replace_atomically
+
+
+class ShardEntry(Strict):
+    """One tar shard as scanned. `name` is its unique short name, used for part and marker files."""
+
+    name: str = Field(pattern=r"^[0-9]{5}-[A-Za-z0-9_.-]{1,80}$")
+    path: str
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    samples: int = Field(ge=0)
+
+
+class InputManifest(Strict):
+    """The shards of a build, in a fixed order."""
+
+    shards: tuple[ShardEntry, ...] = Field(min_length=1)
+
+    @property
+    def content_hash(self) -> str:
+        """Hash of the shards' contents, whatever folder they lie in."""
+        return content_hash([(s.name, s.sha256) for s in self.shards])
+
+    def write(self, path: Path) -> None:
+        """Write atomically as JSON."""
+        replace_atomically(path, (self.model_dump_json(indent=1) + "\n").encode())
+
+    @classmethod
+    def read(cls, path: Path) -> InputManifest:
+        """Read it back; raises UserError in one line."""
+        try:
+            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UserError(f"cannot read input manifest {path}: {error}") from None
+        except ValidationError as error:
+            raise UserError(f"input manifest {path} is damaged: {describe(error)}") from None
