@@ -1,0 +1,119 @@
+"""Answers of a decoder to many runs behind one shared, cached prefix."""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codebook_schemas import UserError
+
+MEMORY_ERRORS = ("out of memory", "can't allocate memory")
+
+
+class SharedPrefix:
+    """Keys and values of positions every run begins with. Never changed by the runs that use it."""
+
+    def __init__(self, cache: Any) -> None:
+        """Take over a decoder's output cache of batch 1.
+
+        Raises:
+            UserError: a layer's cache is not the plain, growing kind (sliding windows and linear attention forget what a
+                shorter prefix would need).
+        """
+        kinds = {type(layer).__name__ for layer in cache.layers} - {"DynamicLayer"}
+        if kinds:
+            raise UserError(f"probing needs full attention in every layer; this model also has {', '.join(sorted(kinds))}")
+        self._cache = cache
+
+    def rows(self, length: int, rows: int) -> Any:
+        """A cache holding the first `length` positions for `rows` runs, without copying them.
+
+        Its layers hand (shared, new) keys and values to the attention and forget the new ones, so one forward pass holds the
+        joined keys and values of one layer at a time, not of all.
+        """
+        view = copy.copy(self._cache)
+        view.layers = [copy.copy(layer) for layer in self._cache.layers]
+        for layer in view.layers:
+            layer.keys = layer.keys[:, :, :length].expand(rows, -1, -1, -1)
+            layer.values = layer.values[:, :, :length].expand(rows, -1, -1, -1)
+            layer.update = partial(_joined, layer.keys, layer.values)
+        return view
+
+    def growing(self, length: int) -> Any:
+        """A cache of batch 1 that starts with the first `length` positions and keeps what is added."""
+        grown = copy.copy(self._cache)
+        grown.layers = [copy.copy(layer) for layer in self._cache.layers]
+        for layer in grown.layers:
+            layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+        return grown
+
+
+def _joined(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    return torch.cat([keys, new_keys], dim=-2), torch.cat([values, new_values], dim=-2)
+
+
+class ReadOut:
+    """Logits of the last position of many runs, batched under a budget of positions (rows x computed length).
+
+    `tokens_computed` counts every position that went through the decoder, `rows_computed` every run,
+    `memory_splits` how often a batch was halved because memory ran out.
+    """
+
+    def __init__(self, decoder: Any, head: Any, tokens_per_batch: int) -> None:
+        """Take a text decoder (no LM head), its LM head and the budget; a single run may exceed the budget."""
+        self._decoder, self._head, self._budget = decoder, head, tokens_per_batch
+        self._too_large: set[tuple[int, int, int]] = set()
+        self.tokens_computed = self.rows_computed = self.memory_splits = 0
+
+    def extend(self, prefix: SharedPrefix | None, length: int, embeddings: Tensor) -> tuple[SharedPrefix, Tensor]:
+        """Run embeddings [1, q, d] behind the first `length` positions of `prefix` (None: from nothing).
+
+        Returns:
+            The prefix grown to length + q positions, and the last position's logits [1, V].
+        """
+        out = self._decoder(
+            inputs_embeds=embeddings, past_key_values=None if prefix is None else prefix.growing(length), use_cache=True
+        )
+        self._count(embeddings)
+        return SharedPrefix(out.past_key_values), self._head(out.last_hidden_state[:, -1])
+
+    def logits(self, prefix: SharedPrefix, length: int, table: Tensor, runs: Tensor) -> Tensor:
+        """Last-position logits [m, V] of runs [m, q], rows of indices into `table` [t, d], behind `length` prefix positions.
+
+        Raises:
+            RuntimeError: memory does not suffice for a single run.
+        """
+        rows = max(1, self._budget // runs.shape[1])
+        parts = runs.to(table.device).tensor_split(math.ceil(len(runs) / rows))
+        return torch.cat([self._attempt(prefix, length, table, part) for part in parts])
+
+    def _attempt(self, prefix: SharedPrefix, length: int, table: Tensor, runs: Tensor) -> Tensor:
+        # A batch shape that once failed is halved at once the next time, exactly as it was after failing; other shapes are
+        # still tried. So how an image is batched, and every bit of its scores, does not depend on the images before it.
+        shape = (length, *runs.shape)
+        if shape not in self._too_large:
+            try:
+                return self._forward(prefix, length, table, runs)
+            except RuntimeError as error:
+                if len(runs) == 1 or not any(text in str(error).lower() for text in MEMORY_ERRORS):
+                    raise
+            self._too_large.add(shape)
+            self.memory_splits += 1
+            if table.is_cuda:
+                torch.cuda.empty_cache()
+        return torch.cat([self._attempt(prefix, length, table, half) for half in runs.tensor_split(2)])
+
+    def _forward(self, prefix: SharedPrefix, length: int, table: Tensor, runs: Tensor) -> Tensor:
+        out = self._decoder(inputs_embeds=table[runs], past_key_values=prefix.rows(length, len(runs)), use_cache=True)
+        logits: Tensor = self._head(out.last_hidden_state[:, -1])
+        self._count(runs)
+        return logits
+
+    def _count(self, runs: Tensor) -> None:
+        self.rows_computed += runs.shape[0]
+        self.tokens_computed += runs.shape[0] * runs.shape[1]

@@ -1,0 +1,241 @@
+"""The offline experiments: how redundant is every visual token of an image (arXiv 2503.20540, section 3).
+
+Per token: its top-1 probability alone (single-input), how far its 3 x 3 neighbourhood's answer moves without it (region) and
+how far the image's answer moves without that neighbourhood (global). Each experiment is one forward pass, read at the last
+position; `runs` says what a pass sees, `forward` how passes share work, `divergence` what is measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from codebook_builder.divergence import divergence, top1_probability
+from codebook_builder.forward import ReadOut
+from codebook_builder.prompt import ablation_embedding, split_prompt
+from codebook_builder.runs import ImageRuns, grid_cells
+from codebook_builder.sampling import sample_tokens
+from codebook_prune.adapters.base import VisualTokens
+from codebook_prune.adapters.loading import adapter_for
+from codebook_schemas import ProbeConfig
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ImageScores:
+    """One image's m probed visual tokens, ordered by token index.
+
+    token: [m] raster index in the image's grid. position: [m, 2] (row, column). top1_prob, region_divergence,
+    global_divergence: [m], the divergences NaN where the cascade made them needless. cls_similarity: [m] cosine to the
+    encoder's [CLS], None for encoders without one. embeddings: [m, d] connector outputs.
+    """
+
+    key: str
+    token: NDArray[np.int32]
+    position: NDArray[np.int16]
+    top1_prob: Floats
+    region_divergence: Floats
+    global_divergence: Floats
+    cls_similarity: Floats | None
+    embeddings: Floats
+
+
+@dataclass
+class KindCount:
+    """Experiments of one kind: asked for = answered by running the model (`run`) + made needless by the cascade (`skipped`)."""
+
+    asked: int = 0
+    run: int = 0
+    skipped: int = 0
+
+    def add(self, asked: int, run: int) -> None:
+        """Count one image."""
+        self.asked += asked
+        self.run += run
+        self.skipped += asked - run
+
+
+@dataclass
+class ProbeCounters:
+    """What a prober has done so far.
+
+    `rows` are decoder rows actually computed: fewer than two a region experiment, because tokens at a border share their
+    window with a neighbour. `tokens` are decoder positions, cached ones not counted. `memory_splits`: batches halved because
+    memory ran out. Seconds are wall clock, vision tower and connector apart from the LLM.
+    """
+
+    images: int = 0
+    single: KindCount = field(default_factory=KindCount)
+    region: KindCount = field(default_factory=KindCount)
+    global_: KindCount = field(default_factory=KindCount)
+    rows: int = 0
+    tokens: int = 0
+    memory_splits: int = 0
+    vision_seconds: float = 0.0
+    llm_seconds: float = 0.0
+
+
+class Prober:
+    """Probes images with one model; keeps the chat prefix's keys and values between images."""
+
+    def __init__(
+        self, model: Any, processor: Any, config: ProbeConfig, thresholds: tuple[float, float] | None, seed: int = 0
+    ) -> None:
+        """Tokenise the prompt and run the chat prefix once.
+
+        Args:
+            model: a supported VLM in eval mode, as `load_model` returns it; it is not changed.
+            processor: its processor.
+            config: the experiments; `config.dtype` is the loader's business.
+            thresholds: (top-1 probability, influence). The cascade needs them; None, or `config.cascade` off, runs everything.
+            seed: shifts the raster sample.
+
+        Raises:
+            UserError: unsupported model type, no usable chat template, or a decoder without full attention.
+        """
+        self.counters = ProbeCounters()
+        self._config, self._processor, self._seed = config, processor, seed
+        self._thresholds = thresholds if config.cascade else None
+        self._adapter = adapter_for(model)
+        self._read = ReadOut(self._adapter.decoder, model.get_output_embeddings(), config.tokens_per_batch)
+        prompt = split_prompt(self._adapter, processor, config)
+        with torch.inference_mode():
+            embed = model.get_input_embeddings()
+            device = embed.weight.device
+            self._suffix: Tensor = embed(prompt.suffix.to(device))
+            self._ablated = ablation_embedding(model, processor)
+            self._length = len(prompt.prefix)
+            # A template may start with the image: then a text token fills the cache and zero positions of it are used.
+            first = prompt.prefix if self._length else prompt.suffix[:1]
+            self._chat, _ = self._read.extend(None, 0, embed(first.to(device))[None])
+        self._publish()
+
+    def probe(self, images: Sequence[Image.Image], keys: Sequence[str]) -> list[ImageScores]:
+        """Scores of every image, in order.
+
+        Images never share a batch, neither in the vision tower nor in the LLM: an image's scores are the same bits whatever
+        else is in the call. Its own tokens fill the batches.
+
+        Raises:
+            UserError: the image's visual tokens form no grid, or its tokens cannot be sampled as configured.
+        """
+        scores = []
+        with torch.inference_mode():
+            for image, key in zip(images, keys, strict=True):
+                scores.append(self._probe_image(image, key))
+                self._publish()
+        return scores
+
+    def _publish(self) -> None:
+        self.counters.rows, self.counters.tokens = self._read.rows_computed, self._read.tokens_computed
+        self.counters.memory_splits = self._read.memory_splits
+
+    def _probe_image(self, image: Image.Image, key: str) -> ImageScores:
+        started = time.perf_counter()
+        visual, embeddings = self._encode(image)
+        encoded = time.perf_counter()
+        cells = grid_cells(visual.position.cpu())
+        similarity = None if visual.cls_similarity is None else visual.cls_similarity.cpu()[cells.flatten()].float().numpy()
+        token = sample_tokens(self._config, cells.numel(), key, self._seed, similarity)
+        chosen = torch.from_numpy(token)
+        runs = ImageRuns(cells, len(visual.embeddings), len(self._suffix), self._config.ablation)
+        table = torch.cat([visual.embeddings, self._ablated, self._suffix])
+        single, region, whole = self._experiments(runs, table, chosen)
+        columns = cells.shape[1]
+        self.counters.images += 1
+        self.counters.vision_seconds += encoded - started
+        self.counters.llm_seconds += time.perf_counter() - encoded
+        return ImageScores(
+            key=key,
+            token=token.astype(np.int32),
+            position=np.stack([token // columns, token % columns], axis=1).astype(np.int16),
+            top1_prob=single,
+            region_divergence=region,
+            global_divergence=whole,
+            cls_similarity=None if similarity is None else similarity[token],
+            embeddings=embeddings[cells.flatten()[chosen]].numpy(),
+        )
+
+    def _encode(self, image: Image.Image) -> tuple[VisualTokens, Tensor]:
+        """Vision tower and connector: the visual tokens, and their embeddings as float32 on the CPU."""
+        pixels = self._processor.image_processor(images=[image.convert("RGB")], return_tensors="pt")
+        visual = self._adapter.encode(pixels)
+        return visual, visual.embeddings.float().cpu()
+
+    def _experiments(self, runs: ImageRuns, table: Tensor, tokens: Tensor) -> tuple[Floats, Floats, Floats]:
+        """The cascade: an experiment is run only where the ones before it leave the outcome open.
+
+        Low-information asks top1 < t_p and J < t_j; J adds two divergences that are never negative. So top1 >= t_p settles a
+        token, and so does the region's share of J alone once it reaches t_j.
+        """
+        count = len(tokens)
+        region, whole = np.full((2, count), np.nan, dtype=np.float32)
+        single = self._single(runs, table, tokens)
+        open_ = np.ones(count, dtype=bool)
+        if self._thresholds is not None:
+            open_ = single < np.float64(self._thresholds[0])
+        self.counters.single.add(count, count)
+        self.counters.region.add(count, int(open_.sum()))
+        if open_.any():
+            region[open_] = self._region(runs, table, tokens[torch.from_numpy(open_)])
+        if self._thresholds is not None:
+            open_ &= region.astype(np.float64) * self._config.region_weight < self._thresholds[1]
+        self.counters.global_.add(count, int(open_.sum()))
+        if open_.any():
+            whole[open_] = self._global(runs, table, tokens[torch.from_numpy(open_)])
+        return single, region, whole
+
+    def _diverge(self, reference: Tensor, ablated: Tensor) -> Tensor:
+        return divergence(reference, ablated, self._config.divergence, self._config.top_k_divergence)
+
+    def _single(self, runs: ImageRuns, table: Tensor, tokens: Tensor) -> Floats:
+        logits = self._read.logits(self._chat, self._length, table, runs.single(tokens))
+        return _floats(top1_probability(logits, self._config.top_k_single))
+
+    def _region(self, runs: ImageRuns, table: Tensor, tokens: Tensor) -> Floats:
+        representative, window = runs.distinct_windows(tokens)
+        reference = self._read.logits(self._chat, self._length, table, runs.region(representative))
+        ablated = self._read.logits(self._chat, self._length, table, runs.region_ablated(tokens))
+        return _floats(self._diverge(reference[window.to(reference.device)], ablated))
+
+    def _global(self, runs: ImageRuns, table: Tensor, tokens: Tensor) -> Floats:
+        """One run of the whole image fills the cache that all ablated runs start from."""
+        representative, window = runs.distinct_windows(tokens)
+        image, reference = self._read.extend(self._chat, self._length, table[runs.whole().to(table.device)])
+        per_window = torch.empty(len(representative))
+        for group in runs.global_ablated(representative):
+            ablated = self._read.logits(image, self._length + group.start, table, group.runs)
+            per_window[group.member] = self._diverge(reference, ablated).cpu()
+        return _floats(per_window[window])
+
+
+def _floats(values: Tensor) -> Floats:
+    found: Floats = values.float().cpu().numpy()
+    return found
+
+
+def low_information(scores: ImageScores, thresholds: tuple[float, float], config: ProbeConfig) -> NDArray[np.bool_]:
+    """Which probed tokens carry little information: [m] bool (arXiv 2503.20540, equation for J in section 3.2).
+
+    top1_prob < t_p and region_weight * region + global_weight * global < t_j. A divergence the cascade skipped (NaN) means the
+    token was already known not to qualify. With and without cascade the set is the same, up to scores that float noise
+    (about 1e-6) moves across a threshold.
+
+    Args:
+        scores: one image's scores.
+        thresholds: (t_p, t_j), on the scale of `config.divergence`.
+        config: the weights.
+    """
+    influence = scores.region_divergence.astype(np.float64) * config.region_weight
+    influence = influence + scores.global_divergence.astype(np.float64) * config.global_weight
+    low: NDArray[np.bool_] = (scores.top1_prob < np.float64(thresholds[0])) & (influence < thresholds[1])
+    return low
