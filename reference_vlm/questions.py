@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reference_vlm.scenes import COLORS, PATCH, SHAPES, Item, Scene
+from reference_vlm.scenes import COLORS, GLYPHS, PATCH, SHAPES, Item, Scene
 
 PROBE_PROMPT = "What does this image show? You must provide a single word or phrase that best describes it."
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
@@ -24,7 +24,7 @@ class Question:
 
 
 def with_article(name: str) -> str:
-    """"a red circle", "an orange star"."""
+    """ "a red circle", "an orange star"."""
     return f"{'an' if name.startswith('orange') else 'a'} {name}"
 
 
@@ -143,9 +143,7 @@ def describe(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 
 Asker = Callable[[Scene, np.random.Generator], Question | None]
-FAMILIES: dict[str, Asker] = {
-    f.__name__: f for f in (color, shape, count, exist, position, relation, read, label, describe)
-}
+FAMILIES: dict[str, Asker] = {f.__name__: f for f in (color, shape, count, exist, position, relation, read, label, describe)}
 WEIGHTS = {"color": 2, "shape": 2, "count": 3, "exist": 2, "position": 3, "relation": 2, "read": 1, "label": 1, "describe": 0.5}
 
 
@@ -169,10 +167,12 @@ def ask_many(scene: Scene, n: int, rng: np.random.Generator) -> list[Question]:
 
 def vocabulary() -> list[str]:
     """Every word that questions and answers use, sorted; the glyphs are words too."""
-    from reference_vlm.scenes import GLYPHS
-
-    text = [PROBE_PROMPT, "What color is the of shape object objects How many are there Is there a an Where left right above below"]
-    text += ["top bottom yes no and What character is printed? What does the sign say? Describe the image. which in image first second"]
-    text += [" ".join(NUMBERS), " ".join(COLORS), " ".join(SHAPES), " ".join(GLYPHS), "describe this picture video frame , : !"]
+    text = [
+        PROBE_PROMPT,
+        "What color is the of shape object objects How many are there Is there a an Where left right above below",
+        "top bottom yes no and What character is printed? What does the sign say? Describe the image.",
+        "which in image first second describe this picture video frame , : !",
+        *(" ".join(words) for words in (NUMBERS, COLORS, SHAPES, GLYPHS)),
+    ]
     words = " ".join(text).lower().replace("?", " ? ").replace(".", " . ").split()
     return sorted(set(words))

@@ -100,9 +100,7 @@ class Scene:
         return mask.reshape(-1)
 
 
-def make_scene(
-    split: str, index: int, *, size: tuple[int, int] | None = (GRID, GRID), background: str | None = None
-) -> Scene:
+def make_scene(split: str, index: int, *, size: tuple[int, int] | None = (GRID, GRID), background: str | None = None) -> Scene:
     """Draw scene number `index` of a split; splits never share a random stream.
 
     Args:
@@ -165,9 +163,7 @@ def _place(
     for _ in range(20):
         x = int(rng.integers(0, columns * PATCH - size + 1))
         y = int(rng.integers(0, rows * PATCH - height + 1))
-        if all(
-            x >= o.x + o.size + 2 or o.x >= x + size + 2 or y >= o.y + o.height + 2 or o.y >= y + height + 2 for o in taken
-        ):
+        if all(x >= o.x + o.size + 2 or o.x >= x + size + 2 or y >= o.y + o.height + 2 or o.y >= y + height + 2 for o in taken):
             item = Item(shape, color, x, y, size, height)
             taken.append(item)
             return item
@@ -211,7 +207,9 @@ def shape_mask(shape: str, size: int) -> Image.Image:
     else:
         angles = np.arange(10) * np.pi / 5 - np.pi / 2
         radii = np.where(np.arange(10) % 2 == 0, 0.52, 0.21) * big
-        draw.polygon([(big / 2 + r * np.cos(a), big * 0.53 + r * np.sin(a)) for a, r in zip(angles, radii, strict=True)], fill=255)
+        draw.polygon(
+            [(big / 2 + r * np.cos(a), big * 0.53 + r * np.sin(a)) for a, r in zip(angles, radii, strict=True)], fill=255
+        )
     return mask.reduce(3)
 
 

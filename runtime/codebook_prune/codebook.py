@@ -118,7 +118,7 @@ class Codebook:
         unit = F.normalize(tokens.float(), dim=-1).to(tokens.dtype)
         prototypes = self.unit_prototypes(tokens.device, tokens.dtype)
         block = max(1, ELEMENTS_PER_BLOCK // max(1, len(tokens)))
-        best = [(unit @ chunk.T).amax(-1) for chunk in prototypes.split(block)]
+        best = [(unit @ chunk.T).amax(-1) for chunk in torch.split(prototypes, block)]
         return torch.stack(best).amax(0).float()
 
     def _check(self, tokens: Tensor) -> None:

@@ -12,7 +12,7 @@ from codebook_schemas.config import BuildConfig, Strict, describe
 from codebook_schemas.errors import UserError
 from codebook_schemas.files import replace_atomically, sha256_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
 
@@ -92,7 +92,14 @@ class CodebookManifest(Strict):
     def _names_stay_inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
         for name in files:
             path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or str(path) != name or name == MANIFEST:
+            if (
+                path.is_absolute()
+                or ".." in path.parts
+                or "\\" in name
+                or "\0" in name
+                or str(path) != name
+                or name == MANIFEST
+            ):
                 raise ValueError(f"file name {name!r} leaves the codebook folder")
         return files
 

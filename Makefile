@@ -1,0 +1,42 @@
+# Everything a user or a maintainer runs. Each target makes the environment first if it is missing or out of date.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := codebook_builder runtime schemas reference_vlm jobs benchmarks tests
+
+.PHONY: help demo test lint types bench reference clean
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "codebook-prune needs Python 3.11 or newer; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[build,cpu,report,dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## build a codebook with a local Ray job, then prune held-out images; writes demo/
+	$(BIN)/python -m reference_vlm.demo --out demo
+
+test: $(STAMP)  ## run every test
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## ruff check and format check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## mypy, strict
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## run the benchmarks and write benchmarks/results/*.json
+	$(BIN)/python -m benchmarks.build
+	$(BIN)/python -m benchmarks.runtime
+	$(BIN)/python -m benchmarks.accuracy
+
+reference: $(STAMP)  ## train the reference VLM from scratch (hours on 2 cores; resumes)
+	$(BIN)/python -m reference_vlm.train --out runs/reference
+
+clean:  ## remove the environment, caches and demo output
+	rm -rf $(VENV) demo .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

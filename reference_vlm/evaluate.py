@@ -1,0 +1,164 @@
+"""Score the reference VLM: `python -m reference_vlm.evaluate` prints accuracy by family and the two sanity checks.
+
+Every question goes through the processor and `generate`, as a user's would. The sanity checks keep chosen visual tokens by
+splicing embeddings by hand, so they do not depend on the pruning engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from reference_vlm import CHECKPOINT
+from reference_vlm.questions import FAMILIES, Question, ask
+from reference_vlm.scenes import GRID, PATCH, Scene, make_scene, render
+
+SCORED = tuple(f for f in FAMILIES if f != "describe")
+Keep = Callable[[Scene, int], NDArray[np.bool_]]
+"""(scene, running number) -> mask of the visual tokens to keep, raster order."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question about one scene."""
+
+    scene: Scene
+    question: Question
+
+
+def question_set(split: str, per_family: int, families: Sequence[str] = SCORED) -> list[Item]:
+    """`per_family` questions of each family on full-size scenes of a split; one question a scene, the same for every caller."""
+    items: list[Item] = []
+    for k, family in enumerate(families):
+        index, found = 0, 0
+        while found < per_family:
+            number = index * len(FAMILIES) + list(FAMILIES).index(family)
+            scene = make_scene(split, number)
+            question = ask(scene, family, np.random.default_rng((17, k, index)))
+            index += 1
+            if question is not None:
+                items.append(Item(scene, question))
+                found += 1
+    return items
+
+
+def prompt_of(processor: Any, text: str) -> str:
+    """The chat template's single-turn prompt with one image."""
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+    return str(processor.apply_chat_template([message], add_generation_prompt=True))
+
+
+def is_right(question: Question, answer: str) -> bool:
+    """Exact match after lower-casing and collapsing white space."""
+    return " ".join(answer.lower().split()) == question.answer
+
+
+@torch.inference_mode()
+def answers(model: Any, processor: Any, items: Sequence[Item], *, batch: int = 64, keep: Keep | None = None) -> list[str]:
+    """Greedy answers, in order. With `keep`, only the chosen visual tokens enter the LLM (positions renumbered)."""
+    out: list[str] = []
+    for start in range(0, len(items), batch):
+        part = items[start : start + batch]
+        inputs = processor(
+            images=[render(i.scene) for i in part],
+            text=[prompt_of(processor, i.question.text) for i in part],
+            return_tensors="pt",
+            padding=True,
+        ).to(model.device)
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        if keep is not None:
+            inputs = _splice(model, inputs, [keep(i.scene, start + k) for k, i in enumerate(part)])
+        ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        new = ids if keep is not None else ids[:, inputs["input_ids"].shape[1] :]
+        out += processor.batch_decode(new, skip_special_tokens=True)
+    return out
+
+
+def _splice(model: Any, inputs: Any, keep: list[NDArray[np.bool_]]) -> dict[str, Tensor]:
+    """inputs_embeds and attention_mask of left-padded rows that hold the kept visual tokens only."""
+    features = model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
+    ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+    rows = []
+    for b, kept in enumerate(keep):
+        embeds = model.get_input_embeddings()(ids[b])
+        visual = ids[b] == model.config.image_token_id
+        embeds[visual] = features[b].to(embeds.dtype)
+        stays = mask[b].clone()
+        stays[visual] = torch.from_numpy(kept).to(stays.device)
+        rows.append(embeds[stays])
+    length = max(len(r) for r in rows)
+    embeds = torch.stack([torch.cat([r.new_zeros(length - len(r), r.shape[1]), r]) for r in rows])
+    attention = torch.stack([torch.arange(length) >= length - len(r) for r in rows]).long().to(embeds.device)
+    return {"inputs_embeds": embeds, "attention_mask": attention}
+
+
+def accuracy(items: Sequence[Item], given: Sequence[str]) -> dict[str, float]:
+    """Fraction right by family, and `overall` (mean over questions)."""
+    right: dict[str, list[bool]] = {}
+    for item, answer in zip(items, given, strict=True):
+        right.setdefault(item.question.family, []).append(is_right(item.question, answer))
+    scores = {family: float(np.mean(values)) for family, values in right.items()}
+    return {**scores, "overall": float(np.mean([v for values in right.values() for v in values]))}
+
+
+def object_tokens(scene: Scene) -> NDArray[np.bool_]:
+    """Visual tokens whose patch overlaps an object's or the plate's box."""
+    mask = np.zeros((GRID, GRID), bool)
+    for item in (*scene.objects, *([scene.glyph] if scene.glyph else [])):
+        rows = slice(item.y // PATCH, -(-(item.y + item.height) // PATCH))
+        mask[rows, item.x // PATCH : -(-(item.x + item.size) // PATCH)] = True
+    return mask.reshape(-1)
+
+
+def random_tokens(number: int, seed: int) -> NDArray[np.bool_]:
+    """A random choice of `number` of the 144 visual tokens."""
+    mask = np.zeros(GRID * GRID, bool)
+    mask[np.random.default_rng((23, seed)).permutation(GRID * GRID)[:number]] = True
+    return mask
+
+
+def sanity(model: Any, processor: Any, items: Sequence[Item]) -> dict[str, float]:
+    """Overall accuracy with random tokens kept, the objects' own, as many random ones, and all but the objects'."""
+    policies: dict[str, Keep] = {
+        f"random {ratio:.0%}": lambda scene, k, r=ratio: random_tokens(round(r * GRID * GRID), k)  # type: ignore[misc]
+        for ratio in (0.5, 0.33, 0.22, 0.11)
+    }
+    policies["objects only"] = lambda scene, k: object_tokens(scene)
+    policies["random, as many as objects"] = lambda scene, k: random_tokens(int(object_tokens(scene).sum()), k)
+    policies["background only"] = lambda scene, k: ~object_tokens(scene)
+    return {name: accuracy(items, answers(model, processor, items, keep=keep))["overall"] for name, keep in policies.items()}
+
+
+def main() -> None:
+    """Print accuracy and sanity checks of a checkpoint as JSON."""
+    from codebook_prune.adapters.loading import load_model
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--per-family", type=int, default=300)
+    parser.add_argument("--sanity-per-family", type=int, default=60)
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    args = parser.parse_args()
+    model, processor = load_model(str(args.checkpoint))
+    items = question_set(args.split, args.per_family)
+    report = {"split": args.split, "n": len(items), "accuracy": accuracy(items, answers(model, processor, items))}
+    if args.sanity_per_family:
+        report["sanity"] = sanity(model, processor, question_set(args.split, args.sanity_per_family))
+    text = json.dumps(report, indent=1)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
