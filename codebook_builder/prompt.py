@@ -34,13 +34,13 @@ def split_prompt(adapter: VLMAdapter, processor: Any, config: ProbeConfig) -> Sp
     if getattr(processor, "chat_template", None) is None:
         raise UserError("this model's processor has no chat template: probing needs one to place the image and the prompt")
     content = [{"type": "image", "image": Image.new("RGB", (64, 64))}, {"type": "text", "text": config.prompt}]
-    ids = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )["input_ids"]
+    chat = [{"role": "user", "content": content}]
+    try:
+        ids = processor.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )["input_ids"]
+    except ValueError as error:  # the processor counts images and placeholders
+        raise UserError(f"probe.prompt cannot be put into this model's chat template: {' '.join(str(error).split())}") from None
     visual = torch.nonzero(adapter.visual_mask(ids)[0]).flatten()
     if len(visual) == 0 or len(visual) != int(visual[-1] - visual[0]) + 1 or int(visual[-1]) + 1 == ids.shape[1]:
         raise UserError(
