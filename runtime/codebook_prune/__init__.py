@@ -1,0 +1,37 @@
+"""Drop redundant visual tokens before decoder layer 0, in unmodified transformers vision-language models.
+
+Importing this package loads neither torch nor transformers; its names are resolved on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from codebook_prune.adapters.loading import load_model
+    from codebook_prune.codebook import Codebook
+    from codebook_prune.pruners.codebook import CodebookPruner
+    from codebook_prune.pruners.random import RandomPruner
+    from codebook_prune.pruners.uniform import UniformPruner
+    from codebook_schemas.errors import UserError
+
+__all__ = ["Codebook", "CodebookPruner", "RandomPruner", "UniformPruner", "UserError", "load_model"]
+
+_HOMES = {
+    "Codebook": "codebook_prune.codebook",
+    "CodebookPruner": "codebook_prune.pruners.codebook",
+    "RandomPruner": "codebook_prune.pruners.random",
+    "UniformPruner": "codebook_prune.pruners.uniform",
+    "UserError": "codebook_schemas.errors",
+    "load_model": "codebook_prune.adapters.loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module when it is first asked for (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

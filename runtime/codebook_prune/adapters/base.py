@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -91,6 +91,14 @@ class VLMAdapter(ABC):
     @abstractmethod
     def image_lengths(self, total: int, call: Mapping[str, Any]) -> list[int]:
         """Tokens of every image in a call whose prompts hold `total` placeholders."""
+
+    @abstractmethod
+    def token_positions(self, lengths: Sequence[int]) -> Tensor:
+        """`VisualTokens.position` of images of these `lengths`, without running anything: [sum(lengths), 2] long on the CPU.
+
+        Raises:
+            UserError: no image of this family has such a length.
+        """
 
     @abstractmethod
     def encode(self, inputs: Mapping[str, Any]) -> VisualTokens:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from codebook_prune.adapters.base import VisualTokens, VLMAdapter
+from codebook_schemas import UserError
 
 
 class LlavaAdapter(VLMAdapter):
@@ -30,6 +31,22 @@ class LlavaAdapter(VLMAdapter):
         pixels = call.get("pixel_values")
         images = len(pixels) if pixels is not None else 1
         return [total // images] * images
+
+    def token_positions(self, lengths: Sequence[int]) -> torch.Tensor:
+        """See `VLMAdapter.token_positions`: every image is the vision tower's whole square, in raster order."""
+        vision, strategy = self.config.vision_config, self.config.vision_feature_select_strategy
+        side = vision.image_size // vision.patch_size
+        raster = torch.arange(side * side)
+        position = torch.stack([raster // side, raster % side], 1)
+        if strategy == "full" and vision.model_type == "clip_vision_model":  # [CLS] enters the LLM too
+            position = torch.cat([position.new_full((1, 2), -1), position])
+        for length in lengths:
+            if length != len(position):
+                raise UserError(
+                    f"an image enters with {length} of its {len(position)} tokens: a prefill in chunks (prefill_chunk_size) "
+                    "cannot be pruned, nor can images of other sizes"
+                )
+        return position.repeat(len(lengths), 1)
 
     @torch.no_grad()
     def encode(self, inputs: Mapping[str, Any]) -> VisualTokens:

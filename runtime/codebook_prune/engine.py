@@ -1,0 +1,211 @@
+"""Dropping visual tokens inside an unmodified transformers model, with forward pre-hooks.
+
+How a call runs inside a block. A pre-hook on the base model learns the token ids; a pre-hook on the decoder scores the visual
+embeddings that are about to enter layer 0 and shortens `inputs_embeds`, `position_ids` and `attention_mask`; kept tokens stay
+in raster order and ragged rows are padded on the left. A hook behind the decoder ties a `CacheState` to the cache, so that later
+calls on it (decode steps, beams, a second turn) may speak of the unpruned sequence, as `generate` does, while the cache holds
+the pruned one.
+
+What a caller sees. Masks and positions are always given as without pruning. The logits (and hidden states) of a call in which
+images enter have the pruned length, the last token last; therefore `labels` are refused. The rows of a cache may be reordered
+among copies of one prompt (beams), not among prompts. A call in which nothing is dropped is left untouched, bit for bit.
+One block a model at a time, one thread a block.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from codebook_prune.adapters.base import VLMAdapter
+from codebook_prune.adapters.loading import adapter_for
+from codebook_prune.cache_state import UNPRUNED, CacheState, attach_state, refuse_fixed_length, state_of
+from codebook_prune.pruners.base import Pruner
+from codebook_prune.selection import entering_images, keep_masks
+from codebook_prune.stats import PruneStats
+from codebook_schemas import UserError
+
+Arguments = dict[str, Any]
+
+
+@contextmanager
+def pruned(model: Any, pruners: Sequence[Pruner], stats: PruneStats) -> Iterator[PruneStats]:
+    """A block in which every call of `model` is pruned; leaving it, also by an exception, removes every trace.
+
+    Args:
+        model: a transformers vision-language model of a supported family.
+        pruners: applied in this order, each to what the one before kept.
+        stats: reset, filled, and yielded.
+
+    Raises:
+        UserError: unsupported model type, sliding-window or chunked attention, a pruner that does not fit the model, or a model
+            that is already in such a block.
+    """
+    adapter = adapter_for(model)
+    _check_attention(adapter)
+    decoder, base = adapter.decoder, model.base_model
+    if any(isinstance(getattr(hook, "__self__", None), Engine) for hook in decoder._forward_pre_hooks.values()):
+        raise UserError("this model is already being pruned: leave that block first, or chain the pruners with |")
+    for pruner in pruners:
+        pruner.check(adapter)
+    stats.reset()
+    engine = Engine(adapter, tuple(pruners), stats)
+    handles = []
+    try:
+        handles.append(model.register_forward_pre_hook(engine.before_model, with_kwargs=True))
+        handles.append(base.register_forward_pre_hook(engine.before_base, with_kwargs=True))
+        handles.append(decoder.register_forward_pre_hook(engine.before_decoder, with_kwargs=True))
+        handles.append(decoder.register_forward_hook(engine.after_decoder, with_kwargs=True))
+        yield stats
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Engine:
+    """The hooks of one block, and what one call hands from one to the next."""
+
+    def __init__(self, adapter: VLMAdapter, pruners: tuple[Pruner, ...], stats: PruneStats) -> None:
+        self.adapter, self.pruners, self.stats = adapter, pruners, stats
+        self.compact = pruners[0].positions == "compact"
+        self._names = {module: parameter_names(module) for module in (adapter.model, adapter.model.base_model)}
+        self._call: Arguments | None = None
+        self._state = UNPRUNED
+
+    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
+        """Refuse training: the loss would compare logits of the pruned length with labels of the unpruned one."""
+        if named(self._names[module], args, kwargs).get("labels") is not None:
+            raise UserError("labels cannot be given while tokens are pruned: the logits have the pruned length")
+
+    def before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> tuple[tuple[()], Arguments]:
+        """Learn the call; where `generate` resends tokens that a pruned cache already holds, cut them off."""
+        call = named(self._names[module], args, kwargs)
+        ids, mask = call.get("input_ids"), call.get("attention_mask")
+        if ids is None:
+            raise UserError("inputs_embeds do not tell which tokens are visual: pass input_ids (and pixel_values) instead")
+        refuse_fixed_length(call.get("past_key_values"))
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise UserError("only a 2D attention_mask [batch, length] can be pruned")
+        state, cached = state_of(call.get("past_key_values"))
+        new = state.new_columns(cached, ids.shape[1], mask, call.get("position_ids"))
+        if new < ids.shape[1]:
+            call["input_ids"] = ids[:, -new:]
+            if call.get("position_ids") is not None:
+                call["position_ids"] = call["position_ids"][..., -new:]
+        self._call = call
+        return (), call
+
+    def before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> tuple[tuple[()], Arguments] | None:
+        """Shorten what enters layer 0; on a pruned cache, translate mask and positions."""
+        call, self._call = self._call, None
+        if call is None or args:
+            raise UserError("inside a pruning block call the model, not its decoder")
+        state, cached = state_of(kwargs.get("past_key_values"))
+        self._state = state
+        if not brings_images(call):
+            return ((), kwargs | self._continued(kwargs, state, cached)) if state.pruned else None
+        with self.stats.timed(kwargs["inputs_embeds"].device):
+            keep = self._choose(call, kwargs["inputs_embeds"])
+            if keep is None:
+                return ((), kwargs | self._continued(kwargs, state, cached)) if state.pruned else None
+            changed, self._state = self._shortened(kwargs, keep, state, cached)
+        return (), kwargs | changed
+
+    def after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments, output: Any) -> None:
+        """Tie what is known about the sequence to the cache that now holds it."""
+        attach_state(getattr(output, "past_key_values", None), self._state)
+
+    def _continued(self, kwargs: Arguments, state: CacheState, cached: int) -> Arguments:
+        """Mask and positions of a call that drops nothing, on a cache that is pruned."""
+        embeds = kwargs["inputs_embeds"]
+        state.check_rows(len(embeds))
+        past, new = state.split_mask(kwargs.get("attention_mask"), cached, embeds.device)
+        mask = None if past is None and new is None else join(past, new, len(embeds), cached, embeds.shape[1])
+        return {"attention_mask": mask, "position_ids": self._positions(kwargs, state, cached) - state.shift}
+
+    def _shortened(self, kwargs: Arguments, keep: Tensor, state: CacheState, cached: int) -> tuple[Arguments, CacheState]:
+        """The decoder's arguments without the tokens `keep` [batch, length] leaves out, and the cache's state afterwards."""
+        embeds = kwargs["inputs_embeds"]
+        batch, length = keep.shape
+        state.check_rows(batch)
+        past, new = state.split_mask(kwargs.get("attention_mask"), cached, embeds.device)
+        dropped = ~keep if new is None else new & ~keep
+        keep = keep if new is None else new & keep
+        lengths = keep.sum(1)
+        shortest, longest = torch.stack([lengths.min(), lengths.max()]).tolist()
+        index = torch.argsort(keep.byte(), dim=1, stable=True)[:, length - longest :]  # kept columns last, in their own order
+        valid = keep.gather(1, index)
+        positions, shift = self._positions(kwargs, state, cached), state.shift
+        if self.compact:
+            positions = positions - state.shift - dropped.cumsum(1)
+            shift = state.shift + dropped.sum(1, keepdim=True)
+        mask = join(past, valid, batch, cached, longest)  # always a mask: gaps alone could pass for packed sequences
+        full = past is None and shortest == longest
+        after = CacheState(batch, state.seen(cached) + length, cached + longest, None if full else mask, shift)
+        changed = {
+            "inputs_embeds": embeds.gather(1, index.unsqueeze(-1).expand(-1, -1, embeds.shape[-1])),
+            "position_ids": positions.gather(1, index).masked_fill(~valid, 0),
+            "attention_mask": mask,
+        }
+        return changed, after
+
+    def _positions(self, kwargs: Arguments, state: CacheState, cached: int) -> Tensor:
+        """Positions [batch, length] of the unpruned sequence: the caller's, or those the model would fill in."""
+        embeds, given = kwargs["inputs_embeds"], kwargs.get("position_ids")
+        if given is None:
+            given = torch.arange(embeds.shape[1], device=embeds.device).unsqueeze(0) + state.seen(cached)
+        positions: Tensor = given.to(embeds.device).expand(len(embeds), -1)
+        return positions
+
+    def _choose(self, call: Arguments, embeds: Tensor) -> Tensor | None:
+        """Keep mask [batch, length] of a call, True for text; None when nothing is dropped. Fills the stats."""
+        images = entering_images(self.adapter, call, embeds)
+        if images is None:
+            return None
+        masks = keep_masks(self.pruners, images, len(embeds))
+        after = images.lengths if masks is None else torch.stack([mask.sum() for mask in masks]).tolist()
+        self.stats.count(images.lengths, after, masks, images.positions)
+        if masks is None or after == images.lengths:
+            return None
+        keep = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        keep.view(-1)[images.column] = torch.cat(masks)
+        return keep
+
+
+def parameter_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the positional parameters of a module's forward."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+    return tuple(name for name, p in inspect.signature(module.forward).parameters.items() if p.kind in kinds)
+
+
+def named(names: Sequence[str], args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
+    """A call's arguments, all by name."""
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def brings_images(call: Arguments) -> bool:
+    """Whether visual embeddings enter in this call (a placeholder id alone, generated or resent, brings none)."""
+    pixels = (call.get(name) for name in ("pixel_values", "pixel_values_videos"))
+    encoded = (call.get("mm_encoder_outputs") or {}).values()
+    return any(value is not None for value in (*pixels, *encoded))
+
+
+def join(past: Tensor | None, new: Tensor | None, rows: int, past_length: int, new_length: int) -> Tensor:
+    """[rows, past_length + new_length] bool; a missing half is all True."""
+    device = next((half.device for half in (past, new) if half is not None), None)
+    halves = ((past, past_length), (new, new_length))
+    return torch.cat([torch.ones(rows, n, dtype=torch.bool, device=device) if h is None else h for h, n in halves], 1)
+
+
+def _check_attention(adapter: VLMAdapter) -> None:
+    """Refuse decoders whose masks count columns, not positions."""
+    config = adapter.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    windowed = any(getattr(config, name, None) is not None for name in ("sliding_window", "attention_chunk_size"))
+    if windowed if kinds is None else any(kind != "full_attention" for kind in kinds):
+        raise UserError("this model has sliding-window or chunked attention layers, which cannot be pruned")

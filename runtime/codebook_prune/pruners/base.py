@@ -1,0 +1,117 @@
+"""What every pruning method is: a score and a budget."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from codebook_prune.adapters.base import VisualTokens, VLMAdapter
+from codebook_prune.budget import Budget
+from codebook_prune.stats import PruneStats
+from codebook_schemas import UserError
+
+Positions = Literal["compact", "original"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruner(ABC):
+    """A pruning method that drops visual tokens before decoder layer 0. A new one is one file with one `score`.
+
+    `with pruner(model): ...` prunes every call of the model inside the block and leaves the model as it was. The budget is
+    described in `Budget`. `positions`: "compact" renumbers the kept sequence without gaps, "original" keeps every token's own
+    number (grounding needs it, arXiv 2506.21873). `stats` tells what was done since the block was entered.
+
+    Raises:
+        UserError: no budget, a contradictory one, or an unknown position policy.
+    """
+
+    keep_tokens: int | tuple[int, ...] | None = None
+    keep_ratio: float | None = None
+    threshold: float | None = None
+    min_keep: int = 1
+    positions: Positions = "compact"
+    stats: PruneStats = field(default_factory=PruneStats, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _ = self.budget
+        if self.positions not in get_args(Positions):
+            raise UserError(f"positions must be 'compact' or 'original', not {self.positions!r}")
+
+    @property
+    def budget(self) -> Budget:
+        """The four budget fields, checked."""
+        return Budget(
+            keep_tokens=self.keep_tokens, keep_ratio=self.keep_ratio, threshold=self.threshold, min_keep=self.min_keep
+        )
+
+    @abstractmethod
+    def score(self, tokens: VisualTokens) -> Tensor:
+        """Redundancy of the tokens of ONE image: [n], higher = dropped first.
+
+        `tokens` holds no newline embeddings, and in a chain only what earlier pruners kept; `cls_similarity` is None.
+        """
+
+    def check(self, adapter: VLMAdapter) -> None:
+        """Refuse a model this pruner cannot serve (raises UserError); called when a block is entered. Default: none."""
+        del adapter
+
+    def keep(self, tokens: VisualTokens, keep_tokens: int | None = None) -> Tensor | None:
+        """Keep mask [n] bool of one image's tokens, or None when the budget holds them all (nothing is scored then).
+
+        Args:
+            tokens: one image's tokens, without newlines.
+            keep_tokens: this image's own number, where the budget holds one an image.
+        """
+        n, budget = len(tokens.embeddings), self.budget
+        if budget.count(n, keep_tokens) == n:
+            return None
+        scores = self.score(tokens)
+        if scores.shape != (n,):
+            raise ValueError(f"{type(self).__name__}.score returned {list(scores.shape)} for {n} tokens")
+        return budget.mask(scores, keep_tokens)
+
+    def __call__(self, model: Any) -> AbstractContextManager[PruneStats]:
+        """A block in which `model` (a supported transformers VLM) is pruned; it yields `stats`, reset on entry.
+
+        Raises:
+            UserError: unsupported model, or one that is already inside such a block (when entered).
+        """
+        from codebook_prune.engine import pruned
+
+        return pruned(model, (self,), self.stats)
+
+    def __or__(self, other: Pruner | PrunerChain) -> PrunerChain:
+        """This pruner, then `other` on what it kept."""
+        return PrunerChain((self,)) | other
+
+
+@dataclass(frozen=True)
+class PrunerChain:
+    """Pruners applied one after the other, in one block. The chain's `stats` count; its members' stay untouched.
+
+    Budgets apply to what the member is given: keep_ratio=0.5 after keep_ratio=0.5 keeps a quarter.
+
+    Raises:
+        UserError: the members disagree about `positions`.
+    """
+
+    pruners: tuple[Pruner, ...]
+    stats: PruneStats = field(default_factory=PruneStats, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if len({pruner.positions for pruner in self.pruners}) > 1:
+            raise UserError("the pruners of a chain must agree on positions: give all of them the same")
+
+    def __or__(self, other: Pruner | PrunerChain) -> PrunerChain:
+        """This chain, then `other`."""
+        return PrunerChain(self.pruners + (other.pruners if isinstance(other, PrunerChain) else (other,)))
+
+    def __call__(self, model: Any) -> AbstractContextManager[PruneStats]:
+        """See `Pruner.__call__`."""
+        from codebook_prune.engine import pruned
+
+        return pruned(model, self.pruners, self.stats)

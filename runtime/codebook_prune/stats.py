@@ -1,0 +1,73 @@
+"""What a pruner did: token counts and time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class PruneStats:
+    """Counts since the block was entered; they stay readable after it.
+
+    calls: forward passes in which images entered. tokens_before, tokens_after: visual tokens of every image in the order they
+    entered, newline embeddings included. (`generate` with beams or several returned sequences runs every image several times;
+    without a cache it does so at every step: each counts.) kept, position: of the images of the latest call, the keep mask
+    [n] bool and the grid place [n, 2] (row, column) of their tokens: what an overlay needs.
+    """
+
+    calls: int = 0
+    tokens_before: list[int] = field(default_factory=list)
+    tokens_after: list[int] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list, repr=False)
+    position: list[Tensor] = field(default_factory=list, repr=False)
+    _seconds: float = field(default=0.0, repr=False)
+    _spans: list[tuple[torch.Event, torch.Event]] = field(default_factory=list, repr=False)
+
+    def count(self, before: list[int], after: list[int], masks: list[Tensor] | None, positions: list[Tensor]) -> None:
+        """Add one call: tokens of its images before and after, keep masks (None: all kept) and grid places."""
+        self.calls += 1
+        self.tokens_before += before
+        self.tokens_after += after
+        self.kept = [torch.ones(n, dtype=torch.bool) for n in before] if masks is None else masks
+        self.position = positions
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.__dict__.update(PruneStats().__dict__)
+
+    @property
+    def layer_averaged_tokens(self) -> float:
+        """Visual tokens of an image averaged over decoder layers and images: what FLOPs follow (0.0 before any image).
+
+        Tokens dropped before layer 0 are in no layer, so every layer sees the same number.
+        """
+        return sum(self.tokens_after) / len(self.tokens_after) if self.tokens_after else 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Time spent scoring, choosing and gathering tokens; on a GPU, device time (reading it waits for the device)."""
+        for start, end in self._spans:
+            end.synchronize()
+            self._seconds += start.elapsed_time(end) / 1000
+        self._spans.clear()
+        return self._seconds
+
+    @contextmanager
+    def timed(self, device: torch.device) -> Iterator[None]:
+        """Add the time the block takes on `device` to `seconds`; never waits for the device."""
+        if device.type == "cuda":
+            start, end = torch.Event(device, enable_timing=True), torch.Event(device, enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._spans.append((start, end))
+        else:
+            began = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - began
