@@ -1,0 +1,205 @@
+"""The whole build: inputs, calibration, probing, selection, codebook. Running it again resumes; the result is the same."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from codebook_builder import artefact
+from codebook_builder.commit import Marker, committed
+from codebook_builder.progress import Progress
+from codebook_builder.publish import choose, resolve_thresholds
+from codebook_builder.run import Probed, RunFolder, calibration_limits, with_cascade, with_thresholds
+from codebook_builder.worker import Failure, ProbeSpec, Runner, ShardTask
+from codebook_schemas import BuildConfig, CodebookManifest, UserError
+from codebook_schemas.files import replace_atomically
+from codebook_schemas.inputs import InputManifest
+
+
+class QuarantinedError(Exception):
+    """Shards were given up and the build may not go on without them."""
+
+    def __init__(self, shards: Sequence[str], folder: Path) -> None:
+        self.shards = tuple(shards)
+        super().__init__(
+            f"{len(shards)} shard(s) quarantined after repeated failures: {', '.join(shards)}; tracebacks are in {folder}; "
+            "run again to retry them, or with --allow-quarantine to build without them"
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a build did: the codebook, its digest, and what was left out."""
+
+    output: str
+    digest: str
+    prototypes: int
+    counts: dict[str, int]
+    thresholds: tuple[float | None, float | None]
+    skipped: int
+    quarantined: tuple[str, ...]
+    seconds: float
+
+
+class Build:
+    """One configuration with what runs its tasks.
+
+    `here` is False when workers may be other machines with their own working folder: then the model's name is passed as it is.
+    """
+
+    def __init__(
+        self, config: BuildConfig, runner: Runner, *, allow_quarantine: bool = False, here: bool = True, quiet: bool = False
+    ) -> None:
+        self.config, self.runner, self.allow_quarantine, self.here, self.quiet = config, runner, allow_quarantine, here, quiet
+        self.run = RunFolder.of(config.output)
+        self.quarantined: list[str] = []
+        self.started = time.perf_counter()
+
+    def codebook(self) -> Report:
+        """Build the codebook at `config.output`; a finished one is reported, not built again.
+
+        Raises:
+            UserError: bad input; nothing is written at `output`.
+            QuarantinedError: shards failed `cluster.attempts` times.
+        """
+        output = Path(self.config.output).expanduser().absolute()
+        inputs = self.run.inputs(self.config.shards)
+        if artefact.manifest_exists(output):
+            return self._finished(output, self._source(inputs))
+        artefact.check_free(output)
+        probed, limits = self.probe(inputs)
+        prototypes, origin = choose(self.config, probed, limits, self._source(inputs))
+        manifest = artefact.create(output, prototypes, origin, self.config.rows_per_shard)
+        return self._report(output, manifest)
+
+    def extend(self, folder: Path) -> Report:
+        """Add prototypes from the images of `config.shards` to a codebook, with that codebook's thresholds.
+
+        Raises:
+            UserError: as `codebook`; or the codebook's model or divergence scale differs, or it has no thresholds.
+            QuarantinedError: as `codebook`.
+        """
+        manifest = CodebookManifest.read(folder)
+        limits = manifest.thresholds
+        if limits.top1_prob is None or limits.influence is None:
+            raise UserError(f"codebook {folder} has no thresholds: it cannot be extended")
+        if (manifest.model.id, limits.divergence) != (self.config.model, self.config.probe.divergence):
+            raise UserError(
+                f"codebook {folder} is of {manifest.model.id} on the {limits.divergence} scale, the config says "
+                f"{self.config.model} and {self.config.probe.divergence}"
+            )
+        self.config = with_thresholds(self.config, (limits.top1_prob, limits.influence))
+        inputs = self.run.inputs(self.config.shards)
+        probed, resolved = self.probe(inputs)
+        prototypes, origin = choose(self.config, probed, resolved, self._source(inputs))
+        return self._report(folder, artefact.extend(folder, prototypes, origin, self.config.rows_per_shard))
+
+    def probe(self, inputs: InputManifest) -> tuple[Probed, tuple[float, float]]:
+        """Probe what is not committed yet; the scores and the resolved thresholds."""
+        self.run.claim(self.config)
+        limits = self._calibrate(inputs)
+        resolved = with_thresholds(self.config, limits)
+        spec = self._spec(resolved, limits if self.config.probe.cascade else None)
+        tasks = [ShardTask(spec, shard, self.run.parts) for shard in inputs.shards]
+        self._process(tasks, "probe", sum(s.samples for s in inputs.shards))
+        return Probed.load(self.run.parts, inputs, resolved.probe_hash), limits
+
+    def _calibrate(self, inputs: InputManifest) -> tuple[float, float]:
+        if self.config.thresholds.is_resolved:
+            return resolve_thresholds(self.run, inputs, self.config)
+        spec = self._spec(with_cascade(self.config, False), None)
+        limits = calibration_limits(inputs, self.config.thresholds.calibration_images)
+        shards = inputs.shards[: len(limits)]
+        tasks = [ShardTask(spec, s, self.run.calibration, limit=n) for s, n in zip(shards, limits, strict=True)]
+        self._process(tasks, "calibrate", sum(limits))
+        return self.run.store_thresholds(self.config.thresholds, resolve_thresholds(self.run, inputs, self.config))
+
+    def _spec(self, config: BuildConfig, limits: tuple[float, float] | None) -> ProbeSpec:
+        path = Path(config.model).expanduser()
+        return ProbeSpec(
+            model=str(path.absolute()) if self.here and path.is_dir() else config.model,
+            revision=config.revision,
+            seed=config.seed,
+            probe=config.probe,
+            thresholds=limits,
+            config_hash=config.probe_hash,
+            device="cuda" if config.cluster.gpus_per_worker > 0 else "cpu",
+            threads=config.cluster.threads_per_worker,
+        )
+
+    def _process(self, tasks: list[ShardTask], name: str, samples: int) -> None:
+        """Run the tasks that no marker answers yet; stop early when too many samples are bad."""
+        done = done_markers(tasks)
+        skipped = [(n, s.key, s.reason) for n, marker in done.items() for s in marker.skipped]
+        self._check_skipped(skipped, samples)
+        failed: list[str] = []
+        with Progress(name, samples, sum(m.images + len(m.skipped) for m in done.values()), self.quiet) as progress:
+            for outcome in self.runner([task for task in tasks if task.shard.name not in done]):
+                if isinstance(outcome, Failure):
+                    failed.append(outcome.task.shard.name)
+                    self._quarantine(outcome)
+                    progress.note(f"shard {outcome.task.shard.name} quarantined: {outcome.error.strip().splitlines()[-1]}")
+                    continue
+                (self.run.quarantine / f"{outcome.shard}.txt").unlink(missing_ok=True)
+                skipped += [(outcome.shard, s.key, s.reason) for s in outcome.skipped]
+                progress.advance(outcome)
+                self._check_skipped(skipped, samples)
+        if failed and not self.allow_quarantine:
+            raise QuarantinedError(sorted(failed), self.run.quarantine)
+        self.quarantined = sorted({*self.quarantined, *failed})
+
+    def _quarantine(self, failure: Failure) -> None:
+        self.run.quarantine.mkdir(parents=True, exist_ok=True)
+        replace_atomically(self.run.quarantine / f"{failure.task.shard.name}.txt", failure.error.encode())
+
+    def _check_skipped(self, skipped: list[tuple[str, str, str]], samples: int) -> None:
+        """List bad samples in skipped.json; a UserError when there are more than `max_bad_fraction` of all samples."""
+        if not skipped:
+            return
+        rows = [{"shard": shard, "key": key, "reason": reason} for shard, key, reason in sorted(skipped)]
+        path = self.run.path / "skipped.json"
+        replace_atomically(path, (json.dumps(rows, indent=1) + "\n").encode())
+        allowed = self.config.cluster.max_bad_fraction
+        if len(skipped) > allowed * samples:
+            some = "; ".join(f"{row['shard']} {row['key']}: {row['reason']}" for row in rows[:3])
+            raise UserError(
+                f"{len(skipped)} of {samples} images cannot be used, cluster.max_bad_fraction allows {allowed:.0%}: {some}"
+                f"{'; ...' if len(rows) > 3 else ''} (all in {path})"
+            )
+
+    def _source(self, inputs: InputManifest) -> str:
+        left_out = f" without {len(self.quarantined)} shards" if self.quarantined else ""
+        return f"inputs:{inputs.content_hash}{left_out}"
+
+    def _finished(self, output: Path, source: str) -> Report:
+        manifest = CodebookManifest.read(output)
+        if (manifest.config_hash, manifest.version) != (self.config.content_hash, 1) or manifest.source != source:
+            raise UserError(
+                f"{output} already holds a codebook of another build (configuration {manifest.config_hash}, {manifest.source}; "
+                f"this is {self.config.content_hash}, {source}): choose another output, or remove it"
+            )
+        manifest.verify(output)
+        return self._report(output, manifest)
+
+    def _report(self, output: Path, manifest: CodebookManifest) -> Report:
+        return Report(
+            output=str(output),
+            digest=artefact.digest(output),
+            prototypes=manifest.rows,
+            counts=manifest.counts,
+            thresholds=(manifest.thresholds.top1_prob, manifest.thresholds.influence),
+            skipped=manifest.counts.get("skipped", 0),
+            quarantined=tuple(self.quarantined),
+            seconds=round(time.perf_counter() - self.started, 3),
+        )
+
+
+def done_markers(tasks: Sequence[ShardTask]) -> dict[str, Marker]:
+    """Markers of the tasks that are committed, by shard name; raises UserError for those of another configuration."""
+    found: dict[str, Marker] = {}
+    for task in tasks:
+        found |= committed(task.folder, [task.shard], task.probe_hash)
+    return found

@@ -1,0 +1,233 @@
+"""The `codebook-build` command line. Errors are one line and exit code 2; everything heavy is imported inside the commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from codebook_schemas.errors import UserError
+
+if TYPE_CHECKING:
+    from codebook_builder.build import Report
+    from codebook_schemas import BuildConfig, CodebookManifest
+
+app = typer.Typer(
+    help="Build, inspect and maintain redundancy codebooks.", no_args_is_help=True, add_completion=False,
+    pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+Address = Annotated[
+    str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster: 'auto' or host:port. Default: an embedded Ray.")
+]
+Local = Annotated[bool, typer.Option("--local", help="No Ray: one shard after another in this process.")]
+Quarantine = Annotated[bool, typer.Option("--allow-quarantine", help="Build without shards that failed repeatedly.")]
+Config = Annotated[Path, typer.Argument(help="YAML build config.")]
+Folder = Annotated[Path, typer.Argument(help="Codebook folder.")]
+Output = Annotated[Path, typer.Option("--output", help="Folder of the new codebook; must not exist.")]
+
+
+def _print(value: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(value))
+        return
+    width = max(len(key) for key in value)
+    for key, item in value.items():
+        text = ", ".join(f"{k} {v}" for k, v in item.items()) if isinstance(item, dict) else item
+        print(f"{key:<{width}}  {text}")
+
+
+def _summary(folder: Path, manifest: CodebookManifest) -> dict[str, Any]:
+    from codebook_builder.artefact import digest
+
+    return {
+        "codebook": str(folder),
+        "version": manifest.version,
+        "model": manifest.model.model_dump(),
+        "prototypes": manifest.rows,
+        "dimension": manifest.dimension,
+        "dtype": manifest.dtype,
+        "thresholds": manifest.thresholds.model_dump(),
+        "counts": manifest.counts,
+        "quality": manifest.quality.model_dump(exclude={"accuracy_retained"}) | manifest.quality.accuracy_retained,
+        "index_shards": sum(len(part.index) for part in manifest.parts),
+        "bytes": sum(entry.bytes for entry in manifest.files.values()),
+        "source": manifest.source,
+        "config_hash": manifest.config_hash,
+        "digest": digest(folder),
+    }
+
+
+def _report(report: Report, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    _print(asdict(report), as_json)
+
+
+def build(config: BuildConfig, address: str | None, local: bool, allow_quarantine: bool, extend: Path | None = None) -> Report:
+    """Run a build (or extend a codebook) locally, on an embedded Ray or on the cluster at `address`."""
+    from functools import partial
+
+    from codebook_builder.build import Build
+    from codebook_builder.worker import run_locally
+
+    if local:
+        job = Build(config, partial(run_locally, attempts=config.cluster.attempts), allow_quarantine=allow_quarantine)
+        return job.extend(extend) if extend else job.codebook()
+    from codebook_builder.cluster import connected
+
+    with connected(config.cluster, address) as runner:
+        job = Build(config, runner, allow_quarantine=allow_quarantine, here=address is None)
+        return job.extend(extend) if extend else job.codebook()
+
+
+@app.command()
+def scan(
+    shards: Annotated[list[str], typer.Argument(help="Tar shards or brace patterns: images-{000..015}.tar")],
+    out: Annotated[Path, typer.Option(help="Input manifest to write.")],
+    as_json: Json = False,
+) -> None:
+    """Check shards and write an input manifest; a config may name it instead of the shards."""
+    from codebook_builder.shards import scan as scan_shards
+
+    manifest = scan_shards(shards)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    manifest.write(out)
+    totals = {"shards": len(manifest.shards), "samples": sum(s.samples for s in manifest.shards)}
+    _print({"manifest": str(out), **totals, "bytes": sum(s.bytes for s in manifest.shards)}, as_json)
+
+
+@app.command()
+def run(
+    config: Config, address: Address = None, local: Local = False, allow_quarantine: Quarantine = False, as_json: Json = False
+) -> None:
+    """Probe, select and write a codebook. The same command resumes an interrupted build."""
+    from codebook_schemas import BuildConfig
+
+    _report(build(BuildConfig.from_file(config), address, local, allow_quarantine), as_json)
+
+
+@app.command()
+def select(config: Config, output: Output, as_json: Json = False) -> None:
+    """Select again from a build's stored scores, with the config's thresholds and selection. Loads no model."""
+    from codebook_builder.publish import reselect
+    from codebook_schemas import BuildConfig
+
+    manifest = reselect(BuildConfig.from_file(config), output.expanduser().absolute())
+    _print(_summary(output, manifest), as_json)
+
+
+@app.command()
+def extend(
+    codebook: Folder,
+    config: Annotated[Path, typer.Option("--config", help="Build config that names the new shards; its output names the run.")],
+    address: Address = None,
+    local: Local = False,
+    allow_quarantine: Quarantine = False,
+    as_json: Json = False,
+) -> None:
+    """Add prototypes from new images, with the codebook's own thresholds; existing files stay as they are."""
+    from codebook_schemas import BuildConfig
+
+    _report(build(BuildConfig.from_file(config), address, local, allow_quarantine, codebook), as_json)
+
+
+@app.command()
+def merge(
+    codebooks: Annotated[list[Path], typer.Argument(help="Two or more codebooks of one model.")],
+    output: Output,
+    as_json: Json = False,
+) -> None:
+    """Join codebooks of one model into a new one."""
+    from codebook_builder.artefact import merge as merge_codebooks
+    from codebook_schemas import BuildConfig
+
+    rows = BuildConfig.model_fields["rows_per_shard"].default
+    _print(_summary(output, merge_codebooks(codebooks, output.expanduser().absolute(), rows)), as_json)
+
+
+@app.command()
+def inspect(codebook: Folder, as_json: Json = False) -> None:
+    """Show what a codebook is."""
+    from codebook_schemas import CodebookManifest
+
+    _print(_summary(codebook, CodebookManifest.read(codebook)), as_json)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="Released prototypes: .safetensors or .pt, with meta.json beside it or not.")],
+    output: Output,
+    model: Annotated[str | None, typer.Option(help="Model id; default: the one in meta.json.")] = None,
+    family: Annotated[str, typer.Option(help="Model type, as transformers names it.")] = "llava",
+    as_json: Json = False,
+) -> None:
+    """Turn released prototypes into a codebook."""
+    from codebook_builder.importing import import_prototypes
+
+    _print(_summary(output, import_prototypes(file, output.expanduser().absolute(), model, family)), as_json)
+
+
+@app.command()
+def verify(codebook: Folder, as_json: Json = False) -> None:
+    """Check every file of a codebook, and that its index holds its prototypes."""
+    from codebook_builder.artefact import verify as verify_codebook
+
+    manifest = verify_codebook(codebook)
+    _print({"codebook": str(codebook), "ok": True, "files": len(manifest.files), "prototypes": manifest.rows}, as_json)
+
+
+@app.command()
+def gc(
+    folder: Annotated[Path, typer.Argument(help="Run folder: <output>.run")],
+    grace_hours: Annotated[float, typer.Option(min=0, help="Keep files younger than this.")] = 24.0,
+    as_json: Json = False,
+) -> None:
+    """Delete parts that no marker names."""
+    from codebook_builder.commit import collect_garbage
+
+    if not (folder / "input.json").is_file():
+        raise UserError(f"{folder} is not a run folder: it has no input.json")
+    deleted = [p for name in ("parts", "calibration") for p in collect_garbage(folder / name, grace_hours * 3600)]
+    _print({"folder": str(folder), "deleted": len(deleted)}, as_json)
+
+
+def main() -> None:
+    """Entry point: exit code 0, 1 (shards quarantined), 2 (bad input) or 130 (interrupted)."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        app(standalone_mode=False)
+        return
+    except UserError as error:
+        message, code = f"error: {' '.join(str(error).split())}", 2
+    except KeyboardInterrupt:
+        message, code = "interrupted: run the same command again to resume", 130
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        message, code = _known(error)
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def _known(error: Exception) -> tuple[str, int]:
+    """Message and exit code of usage errors and quarantine; anything else is a bug and keeps its traceback."""
+    from click.exceptions import Abort, ClickException
+
+    if isinstance(error, ClickException):
+        return f"error: {error.format_message()}", 2
+    if isinstance(error, Abort):
+        return "interrupted: run the same command again to resume", 130
+    from codebook_builder.build import QuarantinedError
+
+    if isinstance(error, QuarantinedError):
+        return f"error: {error}", 1
+    raise error
+
+
+if __name__ == "__main__":
+    main()

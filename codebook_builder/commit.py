@@ -1,0 +1,206 @@
+"""The commit protocol: immutable part files, and one marker a shard, created only if absent, that makes its part count.
+
+A part that no marker names does not exist for anyone. Whoever creates the marker has won; a loser deletes its part. So a row is
+committed exactly once whatever is killed, retried or run twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, ValidationError
+
+from codebook_schemas import UserError
+from codebook_schemas.config import Strict, describe
+from codebook_schemas.files import create_exclusively, sha256_of, sync_folder
+from codebook_schemas.inputs import ShardEntry
+from codebook_schemas.tables import probe_schema
+
+DONE = "_done"
+GRACE_SECONDS = 24 * 3600.0
+
+
+class Skipped(Strict):
+    """A sample that could not be used."""
+
+    key: str
+    reason: str
+
+
+class Encoder(Strict):
+    """What produced the embeddings of a part: model type, connector fingerprint and dimension."""
+
+    family: str
+    fingerprint: str
+    dimension: int = Field(ge=1)
+
+
+class Marker(Strict):
+    """The committed result of one shard: names its part and everything the part depends on."""
+
+    file: str = Field(pattern=r"^part-[A-Za-z0-9_.-]+\.parquet$")
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    rows: int = Field(ge=0)
+    images: int = Field(ge=0)
+    skipped: tuple[Skipped, ...] = ()
+    input_sha256: str
+    probe_hash: str
+    encoder: Encoder
+
+
+class PartWriter:
+    """Writes one part, a row group for every `write`; the file has a unique name and is fsynced when the block ends well.
+
+    After an exception inside the block the file is deleted.
+    """
+
+    def __init__(self, folder: Path, shard: str, attempt: int, dimension: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"part-{shard}-{attempt}-{uuid.uuid4().hex}.parquet"
+        self.rows = 0
+        self._schema = probe_schema(dimension)
+
+    def __enter__(self) -> PartWriter:
+        """Create the file."""
+        self._handle = open(self.path, "wb")
+        self._writer = pq.ParquetWriter(self._handle, self._schema, write_page_checksum=True, compression="zstd")
+        return self
+
+    def write(self, table: pa.Table) -> None:
+        """Append the rows of some whole images, exactly of `probe_schema`."""
+        if not table.schema.equals(self._schema):
+            raise ValueError(f"rows have another schema: {table.schema}")
+        self._writer.write_table(table, row_group_size=max(1, table.num_rows))
+        self.rows += table.num_rows
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Finish and fsync the file, or delete it."""
+        self._writer.close()
+        if kind is None:
+            self._handle.flush()
+            os.fsync(self._handle.fileno())
+        self._handle.close()
+        if kind is None:
+            sync_folder(self.path.parent)
+        else:
+            self.path.unlink(missing_ok=True)
+
+
+def marker_path(folder: Path, shard: str) -> Path:
+    """Where the marker of a shard is."""
+    return folder / DONE / f"{shard}.json"
+
+
+def commit(folder: Path, shard: str, marker: Marker) -> bool:
+    """Create the shard's marker if it is absent: the commit point. The loser's part is deleted; True for the winner."""
+    path = marker_path(folder, shard)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    won = create_exclusively(path, (marker.model_dump_json(indent=1) + "\n").encode())
+    if not won:
+        (folder / marker.file).unlink(missing_ok=True)
+    return won
+
+
+def read_marker(folder: Path, shard: str) -> Marker | None:
+    """The marker of a shard, None if the shard is not committed; raises UserError for a damaged one."""
+    path = marker_path(folder, shard)
+    try:
+        return Marker.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"marker {path} is damaged ({error}): delete it to probe the shard again") from None
+    except ValidationError as error:
+        raise UserError(f"marker {path} is damaged ({describe(error)}): delete it to probe the shard again") from None
+
+
+def committed(folder: Path, shards: list[ShardEntry], probe_hash: str) -> dict[str, Marker]:
+    """Markers of those shards that are committed, by shard name, in the order of `shards`.
+
+    Raises:
+        UserError: a marker is damaged, or belongs to another configuration or other input; names both hashes.
+    """
+    found: dict[str, Marker] = {}
+    for shard in shards:
+        marker = read_marker(folder, shard.name)
+        if marker is None:
+            continue
+        for what, old, new in (
+            ("configuration", marker.probe_hash, probe_hash),
+            ("content", marker.input_sha256[:16], shard.sha256[:16]),
+        ):
+            if old != new:
+                raise UserError(
+                    f"{marker_path(folder, shard.name)} was committed with {what} {old}, this build has {new}: "
+                    "choose another output, or delete its .run folder"
+                )
+        found[shard.name] = marker
+    return found
+
+
+def verify_part(folder: Path, marker: Marker) -> None:
+    """Check a part's size and SHA-256; raises UserError naming the file."""
+    path = folder / marker.file
+    if not path.is_file():
+        raise UserError(f"committed part {path} is missing: delete its marker to probe the shard again")
+    if path.stat().st_size != marker.bytes or sha256_of(path) != marker.sha256:
+        raise UserError(f"committed part {path} is damaged: delete it and its marker to probe the shard again")
+
+
+def read_part(folder: Path, marker: Marker) -> Iterator[pa.Table]:
+    """The row groups of a part, of whole images each, with page checksums verified and the schema checked exactly.
+
+    Raises:
+        UserError: unreadable or damaged file, another schema, or a wrong number of rows. Call `verify_part` before.
+    """
+    path = folder / marker.file
+    rows = 0
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            check_schema(file.schema_arrow, probe_schema(marker.encoder.dimension), path)
+            for number in range(file.num_row_groups):
+                table = file.read_row_group(number)
+                rows += table.num_rows
+                yield table
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"part {path} is damaged: {str(error).splitlines()[0]}") from None
+    if rows != marker.rows:
+        raise UserError(f"part {path} has {rows} rows, its marker says {marker.rows}")
+
+
+def check_schema(found: pa.Schema, wanted: pa.Schema, path: Path) -> None:
+    """Refuse a table that is not exactly of our schema; extension types, which may run code, are refused by name."""
+    for column in found:
+        metadata = column.metadata or {}
+        if isinstance(column.type, pa.BaseExtensionType) or b"ARROW:extension:name" in metadata:
+            raise UserError(f"{path} holds the extension type column '{column.name}': refused")
+    if not found.equals(wanted):
+        raise UserError(f"{path} is not a table of this release: expected columns {wanted.names}, found {found.names}")
+
+
+def collect_garbage(folder: Path, grace_seconds: float = GRACE_SECONDS) -> list[Path]:
+    """Delete parts that no marker names and temporary files, if older than the grace time; returns what was deleted.
+
+    Younger ones may belong to a worker that is still writing.
+    """
+    used = set()
+    for path in sorted((folder / DONE).glob("*.json")):
+        marker = read_marker(folder, path.stem)
+        if marker is not None:
+            used.add(marker.file)
+    limit = time.time() - grace_seconds
+    candidates = [p for p in folder.glob("part-*.parquet") if p.name not in used]
+    candidates += [*folder.glob(".*.tmp"), *(folder / DONE).glob(".*.tmp")]
+    deleted = [p for p in sorted(candidates) if p.stat().st_mtime <= limit]
+    for path in deleted:
+        path.unlink(missing_ok=True)
+    return deleted

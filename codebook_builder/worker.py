@@ -1,0 +1,246 @@
+"""Probing one shard: a function of a small picklable task that returns small metadata; the same locally and in a Ray actor."""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+
+from codebook_builder.commit import Encoder, Marker, PartWriter, Skipped, commit, read_marker
+from codebook_builder.shards import read_shard
+from codebook_schemas import ProbeConfig, UserError
+from codebook_schemas.config import content_hash
+from codebook_schemas.files import sha256_of
+from codebook_schemas.inputs import ShardEntry
+from codebook_schemas.tables import probe_schema
+
+if TYPE_CHECKING:
+    from codebook_builder.probe import ImageScores
+
+IMAGES_PER_CALL = 8
+"""Images probed together. Fixed: another grouping could change scores in their last bits."""
+
+
+@dataclass(frozen=True)
+class ProbeSpec:
+    """How to probe: what builds the model and the prober, and the hash that stands for all of it in markers.
+
+    `thresholds` are (t_p, t_j), or None to run without the cascade.
+    """
+
+    model: str
+    revision: str | None
+    seed: int
+    probe: ProbeConfig
+    thresholds: tuple[float, float] | None
+    config_hash: str
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to probe into `folder`; `limit` = only its first samples."""
+
+    spec: ProbeSpec
+    shard: ShardEntry
+    folder: Path
+    attempt: int = 0
+    limit: int | None = None
+
+    @property
+    def probe_hash(self) -> str:
+        """Hash of everything the scores depend on but the shard's content."""
+        return self.spec.config_hash if self.limit is None else limited_hash(self.spec.config_hash, self.limit)
+
+
+def limited_hash(probe_hash: str, limit: int) -> str:
+    """Probe hash of the first `limit` samples of a shard."""
+    return content_hash([probe_hash, limit])
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """What a committed shard reports: never the data itself. `seconds` are wall time of this attempt by phase."""
+
+    shard: str
+    rows: int
+    images: int
+    skipped: tuple[Skipped, ...]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A shard given up after all attempts, with the last error's traceback."""
+
+    task: ShardTask
+    error: str
+
+
+Outcome = ShardResult | Failure
+Runner = Callable[[Sequence[ShardTask]], Iterator[Outcome]]
+
+
+def run_locally(tasks: Sequence[ShardTask], attempts: int) -> Iterator[Outcome]:
+    """Process shards one after another in this process; the reference for the distributed loop.
+
+    Raises:
+        UserError: from `process_shard`; it is never retried.
+    """
+    for task in tasks:
+        for attempt in range(attempts):
+            try:
+                yield process_shard(replace(task, attempt=attempt))
+                break
+            except UserError:
+                raise
+            except Exception:
+                if attempt + 1 == attempts:
+                    yield Failure(task, traceback.format_exc())
+
+
+@lru_cache(maxsize=1)
+def _model(path: str, revision: str | None, dtype: str, device: str) -> tuple[Any, Any]:
+    from codebook_prune.adapters.loading import load_model
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("cluster.gpus_per_worker asks for a GPU, but PyTorch finds none: set it to 0, or install a CUDA build")
+    return load_model(path, revision=revision, dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=1)
+def _prober(spec: ProbeSpec) -> tuple[Any, Encoder]:
+    """The process's prober, built once, and what it encodes with."""
+    from codebook_builder.probe import Prober
+    from codebook_prune.adapters.loading import adapter_for
+
+    torch.set_num_threads(spec.threads)
+    model, processor = _model(spec.model, spec.revision, spec.probe.dtype, spec.device)
+    adapter = adapter_for(model)
+    encoder = Encoder(family=adapter.family, fingerprint=adapter.fingerprint(), dimension=adapter.hidden_size)
+    return Prober(model, processor, spec.probe, spec.thresholds, seed=spec.seed), encoder
+
+
+def process_shard(task: ShardTask) -> ShardResult:
+    """Verify, read, probe, write and commit one shard. Safe to run twice, at once or after a crash: one run's rows count.
+
+    Raises:
+        UserError: the shard changed since it was scanned or is damaged, or the model cannot be loaded: retrying does not help.
+    """
+    started = time.perf_counter()
+    path = Path(task.shard.path)
+    _verify_input(path, task.shard)
+    prober, encoder = _prober(task.spec)
+    seconds = {"verify_and_load": time.perf_counter() - started, "read": 0.0, "probe": 0.0, "write": 0.0}
+    skipped: list[Skipped] = []
+    images = 0
+    with PartWriter(task.folder, task.shard.name, task.attempt, encoder.dimension) as part:
+        for keys, batch in _batches(path, task.limit, skipped, seconds):
+            clock = time.perf_counter()
+            scores = prober.probe(batch, keys)
+            seconds["probe"] += time.perf_counter() - clock
+            clock = time.perf_counter()
+            good = [s for s in scores if _is_finite(s, skipped)]
+            part.write(to_table(good, task.shard.name, encoder.dimension))
+            images += len(good)
+            seconds["write"] += time.perf_counter() - clock
+    marker = Marker(
+        file=part.path.name,
+        bytes=part.path.stat().st_size,
+        sha256=sha256_of(part.path),
+        rows=part.rows,
+        images=images,
+        skipped=tuple(skipped),
+        input_sha256=task.shard.sha256,
+        probe_hash=task.probe_hash,
+        encoder=encoder,
+    )
+    if not commit(task.folder, task.shard.name, marker):
+        marker = read_marker(task.folder, task.shard.name) or marker
+    return ShardResult(task.shard.name, marker.rows, marker.images, marker.skipped, seconds)
+
+
+def _verify_input(path: Path, shard: ShardEntry) -> None:
+    try:
+        changed = path.stat().st_size != shard.bytes or sha256_of(path) != shard.sha256
+    except OSError as error:
+        raise UserError(f"cannot read shard {path} on {os.uname().nodename}: {error.strerror}") from None
+    if changed:
+        raise UserError(f"shard {path} is not the file that was scanned: scan again, or restore it")
+
+
+def _batches(
+    path: Path, limit: int | None, skipped: list[Skipped], seconds: dict[str, float]
+) -> Iterator[tuple[list[str], list[Image.Image]]]:
+    """Groups of readable images with their keys; the others are added to `skipped`."""
+    keys: list[str] = []
+    images: list[Image.Image] = []
+    clock = time.perf_counter()
+    for number, (key, value) in enumerate(read_shard(path)):
+        if number == limit:
+            break
+        if isinstance(value, str):
+            skipped.append(Skipped(key=key, reason=value))
+            continue
+        keys.append(key)
+        images.append(value)
+        if len(images) == IMAGES_PER_CALL:
+            seconds["read"] += time.perf_counter() - clock
+            yield keys, images
+            keys, images = [], []
+            clock = time.perf_counter()
+    seconds["read"] += time.perf_counter() - clock
+    if images:
+        yield keys, images
+
+
+def _is_finite(scores: ImageScores, skipped: list[Skipped]) -> bool:
+    """False, and listed as skipped, when the model answered with NaN or infinity (half precision overflows)."""
+    finite = bool(np.isfinite(scores.embeddings).all() and np.isfinite(scores.top1_prob).all())
+    if not finite:
+        skipped.append(Skipped(key=scores.key, reason="the model gives NaN or infinite values: try probe.dtype float32"))
+    return finite
+
+
+def to_table(scores: Sequence[ImageScores], shard: str, dimension: int) -> pa.Table:
+    """Rows of `probe_schema` for the scores of some images; NaN divergences become null."""
+    schema = probe_schema(dimension)
+    counts = [len(s.token) for s in scores]
+
+    def joined(name: str, shape: tuple[int, ...] = ()) -> Any:
+        return np.concatenate([getattr(s, name) for s in scores] or [np.empty((0, *shape), np.float32)])
+
+    def nullable(name: str) -> pa.Array:
+        values = [
+            np.full(n, np.nan, np.float32) if getattr(s, name) is None else getattr(s, name)
+            for s, n in zip(scores, counts, strict=True)
+        ]
+        return pa.array(np.concatenate(values or [np.empty(0, np.float32)]), pa.float32(), from_pandas=True)
+
+    position = joined("position", (2,))
+    keys = pa.array([s.key for s, n in zip(scores, counts, strict=True) for _ in range(n)], pa.string())
+    flat = pa.array(np.ascontiguousarray(joined("embeddings", (dimension,)), np.float32).reshape(-1))
+    columns = [
+        pa.array([shard] * sum(counts), pa.string()),
+        keys,
+        pa.array(joined("token").astype(np.int32)),
+        pa.array(np.ascontiguousarray(position[:, 0], np.int16)),
+        pa.array(np.ascontiguousarray(position[:, 1], np.int16)),
+        pa.array(joined("top1_prob").astype(np.float32)),
+        nullable("region_divergence"),
+        nullable("global_divergence"),
+        nullable("cls_similarity"),
+        pa.FixedSizeListArray.from_arrays(flat, dimension),
+    ]
+    return pa.Table.from_arrays([c.cast(f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
