@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from codebook_schemas import BuildConfig, CodebookManifest
 
 app = typer.Typer(
-    help="Build, inspect and maintain redundancy codebooks.", no_args_is_help=True, add_completion=False,
+    help="Build, inspect and maintain redundancy codebooks.", no_args_is_help=False, add_completion=False,
     pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
@@ -200,32 +200,26 @@ def main() -> None:
     """Entry point: exit code 0, 1 (shards quarantined), 2 (bad input) or 130 (interrupted)."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        app(standalone_mode=False)
-        return
-    except UserError as error:
-        message, code = f"error: {' '.join(str(error).split())}", 2
-    except KeyboardInterrupt:
-        message, code = "interrupted: run the same command again to resume", 130
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except Exception as error:
-        message, code = _known(error)
-    print(message, file=sys.stderr)
-    sys.exit(code)
+        code = app(standalone_mode=False)
+    except (Exception, KeyboardInterrupt) as error:
+        code = fail(error)
+    sys.exit(code or 0)
 
 
-def _known(error: Exception) -> tuple[str, int]:
-    """Message and exit code of usage errors and quarantine; anything else is a bug and keeps its traceback."""
-    from click.exceptions import Abort, ClickException
-
-    if isinstance(error, ClickException):
-        return f"error: {error.format_message()}", 2
-    if isinstance(error, Abort):
-        return "interrupted: run the same command again to resume", 130
+def fail(error: BaseException) -> int:
+    """Print one line for an error that users are meant to see and return the exit code; any other is a bug and is raised."""
+    text = " ".join(str(getattr(error, "format_message", error.__str__)()).split())
+    if isinstance(error, UserError) or hasattr(error, "format_message"):  # ours, or a usage error of the command line
+        print(f"error: {text}", file=sys.stderr)
+        return 2
+    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+        print("interrupted: run the same command again to resume", file=sys.stderr)
+        return 130
     from codebook_builder.build import QuarantinedError
 
     if isinstance(error, QuarantinedError):
-        return f"error: {error}", 1
+        print(f"error: {text}", file=sys.stderr)
+        return 1
     raise error
 
 

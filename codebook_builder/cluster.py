@@ -1,0 +1,241 @@
+"""The distributed loop on Ray Core: actors, one shard a call, a driver that owns retries. The one module that uses Ray.
+
+The work is idempotent (see commit.py), so a lost answer only costs time. Ray restarts and retries nothing by itself: the driver
+hands a shard to a ready actor, at most `in_flight` at once, replaces actors that die and requeues what they held.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import secrets
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import codebook_builder
+import codebook_prune
+import codebook_schemas
+from codebook_builder.worker import Failure, Outcome, Runner, ShardResult, ShardTask, process_shard
+from codebook_schemas import ClusterConfig, UserError
+
+PACKAGES = (codebook_builder, codebook_prune, codebook_schemas)
+FREE_DEATHS = 20
+"""How often a shard may be lost to a machine that went away before that counts as its own failure."""
+
+
+def package_folders() -> list[str]:
+    """Folders of our packages, as they are shipped to a cluster's workers."""
+    return [str(Path(str(package.__file__)).parent) for package in PACKAGES]
+
+
+def code_hash() -> str:
+    """Hash of the source of our packages: driver and workers must agree on it."""
+    digest = hashlib.sha256()
+    for folder in package_folders():
+        for path in sorted(Path(folder).rglob("*.py")):
+            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class ShardActor:
+    """One worker process; `process_shard` keeps the model in it between calls."""
+
+    def ready(self) -> tuple[str, str]:
+        """(node id, hash of the code this worker runs)."""
+        import ray
+
+        return ray.get_runtime_context().get_node_id(), code_hash()
+
+    def process(self, task: ShardTask) -> ShardResult:
+        """See `process_shard`."""
+        return process_shard(task)
+
+
+@contextmanager
+def connected(config: ClusterConfig, address: str | None) -> Iterator[Runner]:
+    """A runner on an embedded Ray (`address` None: loopback, own token, no dashboard) or on a running cluster.
+
+    Raises:
+        UserError: no cluster at `address`, or no node of it can hold one worker.
+    """
+    if address is None:
+        _protect()
+    import ray
+
+    threads = str(config.threads_per_worker)
+    variables = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "RAY_USAGE_STATS_ENABLED": "0"}
+    environment: dict[str, Any] = {"env_vars": variables}
+    try:
+        if address is None:
+            _start_embedded(config, environment)
+        else:
+            ray.init(address, runtime_env=environment | {"py_modules": package_folders()}, log_to_driver=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"cannot start Ray or reach it at {address or 'this machine'}: {reason}") from None
+    try:
+        check_placement(config)
+        yield lambda tasks: _Loop(config, tasks).outcomes()
+    finally:
+        ray.shutdown()
+
+
+def _protect() -> None:
+    """Give the embedded Ray a random token that only our processes know: its control port listens on every interface.
+
+    Ray reads this once, when it is imported; a program that imported it before decides for itself.
+    """
+    if "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _start_embedded(config: ClusterConfig, environment: dict[str, Any]) -> None:
+    """A private Ray on this machine, with logical CPUs for all workers."""
+    import ray
+
+    cpus = max(os.cpu_count() or 1, math.ceil(config.workers * config.cpus_per_worker))
+    ray.init(
+        address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, runtime_env=environment,
+        _node_ip_address="127.0.0.1", object_store_memory=128 << 20,
+    )  # fmt: skip
+
+
+def check_placement(config: ClusterConfig) -> None:
+    """Refuse what would wait for ever: at least one live node must be able to hold one worker.
+
+    Raises:
+        UserError: says what is asked for and what the largest nodes have.
+    """
+    import ray
+
+    wanted = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(all(node.get(kind, 0) >= amount for kind, amount in wanted.items()) for node in nodes):
+        has = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes) or "none"
+        raise UserError(
+            f"a worker needs {config.cpus_per_worker:g} CPUs and {config.gpus_per_worker:g} GPUs on one node, the cluster's "
+            f"nodes have: {has}; change cluster.cpus_per_worker or cluster.gpus_per_worker, or add nodes"
+        )
+
+
+@dataclass
+class _Worker:
+    """An actor, its node once it is ready, and what it holds, oldest first (it works in that order)."""
+
+    actor: Any
+    starting: Any
+    node: str | None = None
+    held: dict[Any, ShardTask] = field(default_factory=dict)
+
+
+class _Loop:
+    """One pass over some tasks."""
+
+    def __init__(self, config: ClusterConfig, tasks: Sequence[ShardTask]) -> None:
+        import ray
+
+        self.config = config
+        self.queue = deque(tasks)
+        self.deaths: dict[str, int] = {}
+        self.failed_starts = 0
+        self.code = code_hash()
+        self.remote = ray.remote(ShardActor).options(
+            num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker, max_restarts=0, max_task_retries=0
+        )
+        self.workers = [self._start() for _ in range(min(config.workers, len(tasks)))]
+
+    def _start(self) -> _Worker:
+        actor = self.remote.remote()
+        return _Worker(actor, actor.ready.remote())
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """Every task's result or failure, in the order they finish."""
+        import ray
+
+        try:
+            while self.queue or any(worker.held for worker in self.workers):
+                self._hand_out()
+                waiting = [ref for w in self.workers for ref in (w.held if w.node else [w.starting])]
+                ready, _ = ray.wait(waiting, num_returns=1)
+                worker = next(w for w in self.workers if ready[0] == w.starting or ready[0] in w.held)
+                if worker.node is None:
+                    self._greet(worker)
+                else:
+                    yield from self._collect(worker, ready[0])
+        finally:
+            for worker in self.workers:
+                ray.kill(worker.actor)
+
+    def _hand_out(self) -> None:
+        """Fill ready actors evenly: the first free place of every actor before the second of any."""
+        for places in range(1, self.config.in_flight + 1):
+            for worker in self.workers:
+                if self.queue and worker.node and len(worker.held) < places:
+                    task = self.queue.popleft()
+                    worker.held[worker.actor.process.remote(task)] = task
+
+    def _greet(self, worker: _Worker) -> None:
+        import ray
+
+        try:
+            worker.node, code = ray.get(worker.starting)
+        except ray.exceptions.RayError as error:
+            self.failed_starts += 1
+            if self.failed_starts >= self.config.attempts * self.config.workers:
+                raise UserError(f"workers die while they start: {str(error).strip().splitlines()[-1]}") from None
+            self._replace(worker)
+            return
+        if code != self.code:
+            raise UserError(f"workers run other code ({code}) than the driver ({self.code}): submit jobs/build_codebook.py")
+
+    def _collect(self, worker: _Worker, ref: Any) -> Iterator[Outcome]:
+        import ray
+
+        try:
+            result: ShardResult = ray.get(ref)
+        except UserError as error:  # as raised in the worker, without Ray's traceback
+            raise UserError(str(getattr(error, "cause", error))) from None
+        except ray.exceptions.RayTaskError:
+            yield from self._again(worker.held.pop(ref), traceback.format_exc())
+        except ray.exceptions.RayError:
+            yield from self._bury(worker, traceback.format_exc())
+        else:
+            del worker.held[ref]
+            yield result
+
+    def _bury(self, worker: _Worker, error: str) -> Iterator[Outcome]:
+        """An actor died: its oldest shard was running and is blamed, unless the machine went away; the rest just wait again."""
+        import ray
+
+        lost, *rest = worker.held.values()
+        self.queue.extendleft(reversed(rest))
+        self._replace(worker)
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        self.deaths[lost.shard.name] = self.deaths.get(lost.shard.name, 0) + 1
+        if worker.node not in alive and self.deaths[lost.shard.name] <= FREE_DEATHS:
+            self.queue.append(lost)
+        else:
+            yield from self._again(lost, error)
+
+    def _again(self, task: ShardTask, error: str) -> Iterator[Outcome]:
+        """Requeue a shard at the end, or give it up after `attempts`."""
+        if task.attempt + 1 < self.config.attempts:
+            self.queue.append(replace(task, attempt=task.attempt + 1))
+        else:
+            yield Failure(task, error)
+
+    def _replace(self, worker: _Worker) -> None:
+        import ray
+
+        ray.kill(worker.actor)
+        time.sleep(0.1)
+        self.workers[self.workers.index(worker)] = self._start()
