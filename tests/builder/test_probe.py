@@ -19,6 +19,7 @@ from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
+from codebook_builder.forward import SharedPrefix
 from codebook_builder.probe import ImageScores, Prober, low_information
 from codebook_builder.prompt import ablation_embedding
 from codebook_builder.runs import grid_cells, window_corners
@@ -204,6 +205,20 @@ def test_tiny_model_agrees_with_the_oracle(kv_heads: int, ablation: str, scale: 
     assert cascade.counters.global_.skipped > cascade.counters.region.skipped
 
 
+@pytest.mark.parametrize(("region_weight", "global_weight"), [(0.25, 1.0), (3.0, 0.5), (0.0, 16.0)])
+def test_weights_change_the_set_and_not_its_exactness(region_weight: float, global_weight: float) -> None:
+    answers = tiny_answers(4, 0, "replace")
+    settings = config(region_weight=region_weight, global_weight=global_weight)
+    _, region, whole = expected_scores(answers, "jsd")
+    thresholds = (1.0, middle(region_weight * region + global_weight * whole))
+    found = Prober(*tiny(4), settings, thresholds).probe([noise_image(0)], ["a"])[0]
+    low = expected_low(answers, "jsd", settings, thresholds)
+    assert 0 < sum(low) < 16
+    assert low_information(found, thresholds, settings).tolist() == low
+    settled = region_weight * region >= thresholds[1]
+    assert np.isnan(found.global_divergence).tolist() == settled.tolist()
+
+
 @pytest.mark.parametrize("ablation", ["replace", "drop"])
 def test_reference_model_agrees_with_the_oracle(reference: tuple[Any, Any], ablation: str) -> None:
     model, processor = reference
@@ -378,6 +393,8 @@ def test_out_of_memory_halves_the_batch(rows: int, message: str) -> None:
         prober = Prober(model, processor, config(), None)
         found = prober.probe(images, keys)
         splits = prober.counters.memory_splits
+        prober.probe(images, keys)
+        assert prober.counters.memory_splits == splits  # a shape that failed is not tried again
         again = Prober(model, processor, config(), None).probe(images[::-1], keys[::-1])
     finally:
         lift()
@@ -385,7 +402,7 @@ def test_out_of_memory_halves_the_batch(rows: int, message: str) -> None:
     for seed, scores in enumerate(found):
         assert_scores(scores, tiny_answers(2, seed, "replace"), "jsd")
         assert_same_bits(scores, again[1 - seed])
-    assert prober.counters.rows == 1 + 2 * (16 + 4 + 16 + 1 + 4)
+    assert prober.counters.rows == 1 + 4 * (16 + 4 + 16 + 1 + 4)
 
 
 @pytest.mark.parametrize(("rows", "message"), [(0, "CUDA out of memory"), (3, "device-side assert triggered")])
@@ -398,6 +415,21 @@ def test_one_row_too_many_and_other_errors_are_raised(rows: int, message: str) -
             prober.probe([noise_image(0)], ["a"])
     finally:
         lift()
+
+
+def test_runs_leave_the_shared_prefix_alone_and_keep_no_keys() -> None:
+    decoder = tiny()[0].get_decoder()
+    with torch.inference_mode():
+        vectors = torch.randn(3, 7, 64, generator=torch.Generator().manual_seed(0))
+        cache = decoder(inputs_embeds=vectors[:1], use_cache=True).past_key_values
+        before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+        view = SharedPrefix(cache).rows(5, 3)
+        assert view.layers[0].keys.data_ptr() == cache.layers[0].keys.data_ptr()  # not copied
+        decoder(inputs_embeds=vectors, past_key_values=view, use_cache=True)
+    for layer, mine, (keys, values) in zip(cache.layers, view.layers, before, strict=True):
+        assert torch.equal(layer.keys, keys)
+        assert torch.equal(layer.values, values)
+        assert mine.keys.shape[-2] == 5
 
 
 def test_windows_shift_inward() -> None:
