@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from codebook_builder.card import card
-from codebook_builder.commit import check_schema
+from codebook_builder.commit import PARQUET, check_schema
 from codebook_builder.faiss_ops import write_shards
 from codebook_prune.codebook import Codebook
 from codebook_prune.index import ShardedIndex
@@ -120,7 +120,7 @@ def write_part(folder: Path, prototypes: Prototypes, before: CodebookManifest | 
 def parquet_bytes(table: pa.Table) -> bytes:
     """A parquet file with page checksums; equal tables give equal bytes."""
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, write_page_checksum=True, compression="zstd")
+    pq.write_table(table, buffer, **PARQUET)
     return buffer.getvalue()
 
 

@@ -26,6 +26,7 @@ from codebook_schemas.tables import probe_schema
 
 DONE = "_done"
 GRACE_SECONDS = 24 * 3600.0
+PARQUET = {"write_page_checksum": True, "compression": "zstd", "use_dictionary": ["shard", "key"]}
 
 
 class Skipped(Strict):
@@ -72,7 +73,7 @@ class PartWriter:
     def __enter__(self) -> PartWriter:
         """Create the file."""
         self._handle = open(self.path, "wb")
-        self._writer = pq.ParquetWriter(self._handle, self._schema, write_page_checksum=True, compression="zstd")
+        self._writer = pq.ParquetWriter(self._handle, self._schema, **PARQUET)
         return self
 
     def write(self, table: pa.Table) -> None:

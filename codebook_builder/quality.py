@@ -46,7 +46,7 @@ def index_recall(codebook: Codebook, index: ShardedIndex, tokens: Floats) -> flo
     """Recall@1 of `index` against exact search over tokens [n, d]; see `measure`."""
     hits = 0
     for block in _split(tokens):
-        exact = codebook.cosine(torch.from_numpy(block)).numpy()
+        exact = codebook.cosine(torch.tensor(block)).numpy()
         _, ids = index.search(block, 1)
         hits += int((np.take_along_axis(exact, ids, 1)[:, 0] >= exact.max(1) - TIE).sum())
     return hits / len(tokens)
