@@ -2,9 +2,9 @@
 
 How a call runs inside a block. A pre-hook on the base model learns the token ids; a pre-hook on the decoder scores the visual
 embeddings that are about to enter layer 0 and shortens `inputs_embeds`, `position_ids` and `attention_mask`; kept tokens stay
-in raster order and ragged rows are padded on the left. A hook behind the decoder ties a `CacheState` to the cache, so that later
-calls on it (decode steps, beams, a second turn) may speak of the unpruned sequence, as `generate` does, while the cache holds
-the pruned one.
+in raster order and ragged rows are padded on the left. A hook behind the decoder ties a `CacheState` to the cache, so that
+later calls on it (decode steps, beams, a second turn) may speak of the unpruned sequence, as `generate` does, while the cache
+holds the pruned one.
 
 What a caller sees. Masks and positions are always given as without pruning. The logits (and hidden states) of a call in which
 images enter have the pruned length, the last token last; therefore `labels` are refused. The rows of a cache may be reordered

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from conftest import noise_image, tiny_processor
 from torch import Tensor
 
 from codebook_prune.adapters.base import VisualTokens
 from codebook_prune.pruners.base import Pruner
-from conftest import noise_image, tiny_processor
 
 PROCESSOR = tiny_processor()
 QUESTIONS = ("describe the image .", "what color is the red circle ?", "is there a star or a ring and how many ?")

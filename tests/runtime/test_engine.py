@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from conftest import tiny_llava
 from oracle import ProjectionPruner, Prompt, extend, greedy, inputs_of, plain_logits, prompt, shortened
 
@@ -144,7 +143,9 @@ def second_turn(model: Any, inputs: dict[str, Any], first: Any, more: torch.Tens
 @each_batch
 @each_policy
 @pytest.mark.parametrize(("full", "masked"), [(True, True), (False, True), (True, False)])
-def test_a_second_turn_on_the_returned_cache(model: Any, prompts: list[Prompt], positions: Any, full: bool, masked: bool) -> None:
+def test_a_second_turn_on_the_returned_cache(
+    model: Any, prompts: list[Prompt], positions: Any, full: bool, masked: bool
+) -> None:
     if len(prompts) > 1 and not masked:
         prompts = prompts[1:2] * 2  # without padding the mask may be left out
     inputs, more = inputs_of(prompts), torch.randint(10, 60, (len(prompts), 3), generator=torch.Generator().manual_seed(3))

@@ -1,0 +1,130 @@
+"""What each pruner scores, and what all of them share."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from codebook_folder import write_codebook
+from conftest import tiny_llava
+from oracle import ProjectionPruner, inputs_of, prompt
+
+from codebook_prune import Codebook, CodebookPruner, RandomPruner, UniformPruner, UserError
+from codebook_prune.adapters.base import VisualTokens
+from codebook_prune.pruners import pruners
+from codebook_prune.pruners.base import Pruner
+
+MODEL = tiny_llava()
+
+
+def tokens_of(n: int = 144, seed: int = 0, columns: int = 12, d: int = 64) -> VisualTokens:
+    place = torch.arange(n)
+    vectors = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+    return VisualTokens(vectors, torch.zeros(n).long(), torch.stack([place // columns, place % columns], 1))
+
+
+def codebook_of(folder: Path, model: Any = MODEL, **changes: Any) -> Codebook:
+    prototypes = torch.randn(7, 64, generator=torch.Generator().manual_seed(1))
+    return Codebook.from_pretrained(write_codebook(folder / "codebook", model, prototypes, **changes))
+
+
+def test_every_method_is_found_by_its_file() -> None:
+    found = pruners()
+    assert {"codebook": CodebookPruner, "random": RandomPruner, "uniform": UniformPruner}.items() <= found.items()
+    assert all(issubclass(cls, Pruner) and dataclasses.is_dataclass(cls) for cls in found.values())
+
+
+def test_codebook_score_is_the_largest_cosine(tmp_path: Path) -> None:
+    codebook, tokens = codebook_of(tmp_path), tokens_of(20)
+    score = CodebookPruner(codebook, keep_tokens=5).score(tokens)
+    for i, token in enumerate(tokens.embeddings.double()):
+        cosines = [float(token @ p / (token.norm() * p.norm())) for p in codebook.prototypes.double()]
+        assert float(score[i]) == pytest.approx(max(cosines), abs=1e-6)
+
+
+def test_double_softmax_is_the_product_over_tokens_and_prototypes(tmp_path: Path) -> None:
+    codebook, tokens = codebook_of(tmp_path), tokens_of(6)
+    score = CodebookPruner(codebook, keep_tokens=5, normalisation="double_softmax").score(tokens)
+    vectors, prototypes = tokens.embeddings.double(), codebook.prototypes.double()
+    cosine = [[float(v @ p / (v.norm() * p.norm())) for p in prototypes] for v in vectors]
+    power = torch.tensor(cosine, dtype=torch.float64).exp()
+    for i in range(6):
+        over_tokens = [power[i, j] / sum(power[k, j] for k in range(6)) for j in range(7)]
+        over_prototypes = [power[i, j] / sum(power[i, k] for k in range(7)) for j in range(7)]
+        products = [a * b for a, b in zip(over_tokens, over_prototypes, strict=True)]
+        assert float(score[i]) == pytest.approx(float(max(products)), rel=1e-5)
+    with pytest.raises(UserError, match="normalisation must be"):
+        CodebookPruner(codebook, keep_tokens=5, normalisation="softmax")  # type: ignore[arg-type]
+
+
+def test_prototypes_in_the_image_are_dropped_first(tmp_path: Path) -> None:
+    codebook, tokens = codebook_of(tmp_path), tokens_of(20)
+    tokens.embeddings[[3, 8, 19]] = 2.5 * codebook.prototypes[[0, 4, 6]]
+    keep = CodebookPruner(codebook, threshold=0.99).keep(tokens)
+    assert keep is not None
+    assert (~keep).nonzero().squeeze(1).tolist() == [3, 8, 19]
+
+
+def test_a_codebook_of_another_model_is_refused_on_entering(tmp_path: Path) -> None:
+    pruner = CodebookPruner(codebook_of(tmp_path), keep_tokens=5)
+    with pruner(MODEL):
+        pass
+    with pytest.raises(UserError, match="build a codebook from this model"), pruner(tiny_llava(seed=5)):
+        pass
+    assert not MODEL.get_decoder()._forward_pre_hooks
+
+
+def test_random_depends_on_seed_and_content_only() -> None:
+    one, other = tokens_of(seed=0), tokens_of(seed=1)
+    score = RandomPruner(keep_tokens=9).score(one)
+    noisy = dataclasses.replace(one, embeddings=one.embeddings + 1e-7 * torch.randn_like(one.embeddings))
+    assert torch.equal(score, RandomPruner(keep_tokens=9).score(noisy))
+    assert not torch.equal(score, RandomPruner(keep_tokens=9).score(other))
+    assert not torch.equal(score, RandomPruner(keep_tokens=9, seed=1).score(one))
+    assert 0 <= float(score.min()) < 0.1
+    assert 0.9 < float(score.max()) < 1
+
+
+def test_random_keeps_the_same_alone_and_in_a_batch() -> None:
+    prompts = [prompt(1, 1), prompt(2, 2)]
+    alone = []
+    pruner = RandomPruner(keep_tokens=6)
+    for p in prompts:
+        with pruner(MODEL), torch.no_grad():
+            MODEL(**inputs_of([p]))
+        alone += pruner.stats.kept
+    with pruner(MODEL), torch.no_grad():
+        MODEL(**inputs_of(prompts))
+    assert all(torch.equal(a, b) for a, b in zip(alone, pruner.stats.kept, strict=True))
+
+
+@pytest.mark.parametrize("keep", [4, 9, 16, 36, 72, 100])
+def test_uniform_is_spread_over_the_grid(keep: int) -> None:
+    tokens = tokens_of()
+    kept = UniformPruner(keep_tokens=keep).keep(tokens)
+    assert kept is not None
+    assert int(kept.sum()) == keep
+    grid = kept.view(12, 12)
+    quarters = [int(grid[r : r + 6, c : c + 6].sum()) for r in (0, 6) for c in (0, 6)]
+    assert max(quarters) - min(quarters) <= (keep % 4 > 0)
+    places = tokens.position[kept].double()
+    hole = float(torch.cdist(tokens.position.double(), places).amin(1).max())
+    assert hole <= 1.8 * (144 / keep / 2) ** 0.5  # half the diagonal of a square cell, with room for the edges
+
+
+@pytest.mark.parametrize("fields", [{"positions": "absolute"}, {"keep_tokens": None}, {"keep_ratio": 0.5}])
+def test_bad_pruners_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(UserError):
+        UniformPruner(**({"keep_tokens": 4} | fields))
+
+
+def test_a_score_of_the_wrong_shape_is_named() -> None:
+    class Broken(ProjectionPruner):
+        def score(self, tokens: VisualTokens) -> torch.Tensor:
+            return tokens.embeddings
+
+    with pytest.raises(ValueError, match=r"Broken.score returned \[144, 64\] for 144 tokens"):
+        Broken(keep_tokens=3).keep(tokens_of())
