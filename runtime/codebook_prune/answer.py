@@ -124,11 +124,10 @@ def chat_text(processor: Any, prompt: str) -> str:
     """The prompt with one image before it, in the model's chat template.
 
     Raises:
-        UserError: the processor has no chat template, or the prompt is empty or holds the image placeholder itself.
+        UserError: the processor has no chat template, or the prompt holds the image placeholder itself.
     """
     placeholder = getattr(processor, "image_token", "<image>")
-    if not prompt.strip():
-        raise UserError("the prompt is empty: ask something")
+
     if placeholder in prompt:
         raise UserError(f"the prompt must not hold {placeholder}: the image is put before it")
     content = [{"type": "image"}, {"type": "text", "text": prompt}]

@@ -56,6 +56,8 @@ def image(  # noqa: PLR0913, PLR0917
     from codebook_prune.pruners.codebook import CodebookPruner
 
     Budget(keep_tokens=keep_tokens, keep_ratio=keep_ratio, threshold=threshold)
+    if not prompt.strip():
+        raise UserError("the prompt is empty: ask something")
     pictures = overlay_paths(overlay, files)
     for file in files:
         open_image(file)  # all of them before the model is loaded: nothing is answered if one is unreadable

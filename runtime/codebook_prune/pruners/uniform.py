@@ -28,4 +28,4 @@ class UniformPruner(Pruner):
         for bit in range(BITS):  # coarser halvings count less: the first tokens lie farthest apart
             row, column = rows >> bit & 1, columns >> bit & 1
             order = 4 * order + (2 * (row ^ column) + row)
-        return order.float() / 4**BITS
+        return order.float() / (1 << 2 * BITS)

@@ -1,0 +1,90 @@
+"""The picture shows exactly the cells that were kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import noise_image
+from PIL import Image
+from transformers import CLIPImageProcessorPil
+
+from codebook_prune import UserError
+from codebook_prune.overlay import check_picture_path, draw_overlay, save_picture, seen_box, side_by_side
+
+GRID = torch.tensor([[r, c] for r in range(4) for c in range(4)])
+
+
+@pytest.mark.parametrize("size", [(32, 32), (30, 61), (700, 500), (1001, 333)])
+def test_kept_cells_keep_their_pixels_and_dropped_ones_are_dark_and_grey(size: tuple[int, int]) -> None:
+    image = Image.new("RGB", size, (250, 80, 30))
+    kept = torch.zeros(16, dtype=torch.bool)
+    kept[[0, 6, 15]] = True
+    picture = np.asarray(draw_overlay(image, GRID, kept)).astype(int)
+    assert max(picture.shape[:2]) >= 480
+    height, width = picture.shape[:2]
+    for i in range(16):
+        row, column = divmod(i, 4)
+        band = picture[height * row // 4 + 2 : height * (row + 1) // 4 - 2]
+        cell = band[:, width * column // 4 + 2 : width * (column + 1) // 4 - 2]
+        if kept[i]:
+            assert (cell == [250, 80, 30]).all()
+        else:
+            assert np.ptp(cell) == 0
+            assert cell.max() < 60
+    assert len({tuple(p) for p in picture.reshape(-1, 3).tolist()}) == 2  # hard edges, nothing in between
+
+
+def test_newlines_have_no_place_in_the_picture() -> None:
+    image, kept = noise_image(0), torch.ones(17, dtype=torch.bool)
+    kept[5] = False
+    places = torch.cat([torch.tensor([[-1, -1]]), GRID])
+    plain = draw_overlay(image, GRID, kept[1:])
+    assert np.array_equal(np.asarray(draw_overlay(image, places, kept)), np.asarray(plain))
+
+
+def test_the_grid_lies_where_the_processor_crops() -> None:
+    crop = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    image = noise_image(1, (600, 300))
+    assert seen_box(image, crop) == (150, 0, 450, 300)
+    raw = crop(image, return_tensors="np", do_normalize=False, do_rescale=False)["pixel_values"][0]
+    shown = np.asarray(raw).transpose(1, 2, 0)
+    by_hand = np.asarray(image.crop((150, 0, 450, 300)).resize((32, 32), Image.Resampling.BICUBIC))
+    assert np.abs(shown.astype(int) - by_hand)[:, 2:-2].max() <= 1  # at the cut, the resize saw what lies beyond
+    picture = np.asarray(draw_overlay(image, GRID, torch.ones(16, dtype=torch.bool), seen=seen_box(image, crop)))
+    assert np.array_equal(picture[:, 150:450], np.asarray(image)[:, 150:450])
+    assert picture[:, :150].max() < 100 > picture[:, 450:].max()
+    assert seen_box(image, SimpleNamespace(size={"height": 32, "width": 32}, do_center_crop=False)) is None
+
+
+def test_pictures_stand_side_by_side_with_captions() -> None:
+    pair = [Image.new("RGB", (100, 50), "red"), Image.new("RGB", (40, 100), "blue")]
+    sheet = side_by_side(pair, ["one", "two"])
+    assert sheet.width == 200 + 8 + 40
+    assert sheet.height > 100
+    assert sheet.getpixel((50, 50)) == (255, 0, 0)
+    assert sheet.getpixel((230, 50)) == (0, 0, 255)
+    assert np.asarray(sheet)[100:].min() < 128  # the captions are written
+    blank = np.asarray(side_by_side(pair, ["", ""]))[100:]
+    assert blank.min() == 255
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
+def test_pictures_are_written_whole(tmp_path: Path, name: str) -> None:
+    save_picture(noise_image(0), tmp_path / name)
+    assert Image.open(tmp_path / name).size == (32, 32)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_impossible_places_are_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    bad = {"a.txt": "ends in", "a": "ends in", "no/a.png": "does not exist", "folder.png": "is a folder"}
+    for name, message in bad.items():
+        with pytest.raises(UserError, match=message):
+            check_picture_path(tmp_path / name)
+    with pytest.raises(UserError, match="cannot write"):
+        save_picture(noise_image(0), tmp_path / "folder.png")
+    assert [p.name for p in tmp_path.iterdir()] == ["folder.png"]

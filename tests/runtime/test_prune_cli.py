@@ -1,0 +1,246 @@
+"""The codebook-prune command as a user runs it: real processes, real files, the shipped reference checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from codebook_folder import write_codebook
+from conftest import noise_image
+from PIL import Image
+from transformers.utils import logging
+
+from codebook_prune import Codebook, CodebookPruner
+from codebook_prune.adapters.loading import adapter_for
+from codebook_prune.cli import main
+from reference_vlm import CHECKPOINT
+
+logging.disable_progress_bar()  # the command does it through the environment, before transformers is imported
+COMMAND = str(Path(sys.executable).with_name("codebook-prune"))
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, reference: tuple[Any, Any]) -> Path:
+    """A folder with two images and a codebook made of tokens of a third."""
+    folder = tmp_path_factory.mktemp("cli")
+    for name, size in (("one.png", (96, 96)), ("two.jpg", (150, 90)), ("three.png", (96, 96))):
+        noise_image(len(name), size).save(folder / name)
+    model, processor = reference
+    pixels = processor.image_processor(Image.open(folder / "three.png"), return_tensors="pt")
+    tokens = adapter_for(model).encode(pixels).embeddings
+    write_codebook(folder / "codebook", model, tokens[::20])
+    return folder
+
+
+def arguments(place: Path, *more: str, files: tuple[str, ...] = ("one.png",), codebook: str = "codebook") -> list[str]:
+    paths = [str(place / name) for name in files]
+    base = ["--model", str(CHECKPOINT), "--codebook", str(place / codebook), "--prompt", "What color is the circle?"]
+    return ["image", *paths, *base, "--max-new-tokens", "4", "--device", "cpu", *more]
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([COMMAND, *words], capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=False)
+
+
+def test_json_of_two_images_is_what_the_library_does(place: Path, reference: tuple[Any, Any]) -> None:
+    done = run(*arguments(place, "--keep-tokens", "20", "--compare", "--json", files=("one.png", "two.jpg")))
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [Path(line["file"]).name for line in lines] == ["one.png", "two.jpg"]
+    model, processor = reference
+    pruner = CodebookPruner(Codebook.from_pretrained(place / "codebook"), keep_tokens=20)
+    text = "USER: <image>\nWhat color is the circle? ASSISTANT:"
+    for line in lines:
+        inputs = processor(images=Image.open(line["file"]).convert("RGB"), text=text, return_tensors="pt")
+        with pruner(model):
+            pruned = model.generate(**inputs, do_sample=False, max_new_tokens=4)
+        plain = model.generate(**inputs, do_sample=False, max_new_tokens=4)
+        start = inputs["input_ids"].shape[1]
+        answers = [processor.decode(out[0, start:], skip_special_tokens=True) for out in (pruned, plain)]
+        assert [line["answer"], line["unpruned"]["answer"]] == [answer.strip() for answer in answers]
+        assert (line["tokens_before"], line["tokens_after"]) == (144, 20)
+        assert 0 < line["prune_ms"] < line["prefill_ms"] < line["total_ms"] + line["prefill_ms"]
+        assert line["unpruned"]["prefill_ms"] > 0
+        assert "overlay" not in line
+
+
+def test_the_table_names_everything(place: Path) -> None:
+    done = run(*arguments(place, "--keep-ratio", ".11", "--compare", "--positions", "original", "--dtype", "float32"))
+    assert (done.returncode, done.stderr) == (0, "")
+    for word in ("answer", "tokens", "prefill ms", "prune ms", "total ms", "16 of 144", "unpruned", "one.png"):
+        assert word in done.stdout
+
+
+def test_overlays_are_named_after_their_images(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "one.png").write_bytes((place / "two.jpg").read_bytes())
+    options = ("--keep-tokens", "36", "--overlay", str(tmp_path / "out.png"), "--json")
+    files = arguments(place, *options, files=("one.png", "two.jpg"))
+    files.insert(3, str(tmp_path / "one.png"))
+    with pytest.raises(SystemExit) as done:
+        main(files)
+    assert done.value.code == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [Path(line["overlay"]).name for line in lines] == ["out-one.png", "out-two.png", "out-one-3.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.png", "out-one-3.png", "out-one.png", "out-two.png"]
+    picture = np.asarray(Image.open(tmp_path / "out-one.png")).astype(int)
+    right = picture[:480, 488:968]
+    bright = right.reshape(12, 40, 12, 40, 3)[:, 5:-5, :, 5:-5].max((1, 3, 4)) > 255 * 0.36
+    assert int(bright.sum()) == 36
+
+
+def test_a_threshold_and_the_reference_model_by_name(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = arguments(place, "--threshold", "1.5", "--json")
+    words[words.index(str(CHECKPOINT))] = "reference"
+    with pytest.raises(SystemExit) as done:
+        main(words)
+    assert done.value.code == 0
+    line = json.loads(capsys.readouterr().out)
+    assert (line["tokens_before"], line["tokens_after"]) == (144, 144)
+
+
+def test_inspect(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = run("inspect", str(place / "codebook"))
+    assert (done.returncode, done.stderr) == (0, "")
+    for word in ("tiny/model", "llava", "128", "files verified"):
+        assert word in done.stdout
+    with pytest.raises(SystemExit):
+        main(["inspect", str(place / "codebook"), "--json"])
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["prototypes"], summary["dimension"], summary["files_verified"]) == (8, 128, 1)
+
+
+def bad_inputs(place: Path, folder: Path) -> dict[str, tuple[list[str], str]]:
+    (folder / "words.png").write_text("not an image")
+    (folder / "cut.png").write_bytes((place / "one.png").read_bytes()[:5000])
+    shutil.copytree(place / "codebook", folder / "damaged")
+    data = bytearray((folder / "damaged/prototypes-00000.safetensors").read_bytes())
+    data[-5] ^= 1
+    (folder / "damaged/prototypes-00000.safetensors").write_bytes(data)
+    shutil.copytree(place / "codebook", folder / "broken")
+    (folder / "broken/manifest.json").write_text('{"format_version": 1')
+    shutil.copytree(CHECKPOINT, folder / "other", copy_function=os.symlink)
+    (folder / "other/config.json").unlink()
+    (folder / "other/config.json").write_text('{"model_type": "gpt2"}')
+    shutil.copy(place / "one.png", folder / "own.png")
+    budget = ("--keep-tokens", "9")
+
+    def on(path: Path, *more: str) -> list[str]:
+        words = arguments(place, *more)
+        return ["image", str(path), *words[2:]]
+
+    def replaced(option: str, value: str) -> list[str]:
+        words = arguments(place, *budget)
+        words[words.index(option) + 1] = value
+        return words
+
+    return {
+        "missing image": (on(folder / "no.png", *budget), "no.png does not exist"),
+        "not an image": (on(folder / "words.png", *budget), "is not an image file"),
+        "cut image": (on(folder / "cut.png", *budget), "is damaged or cut short"),
+        "second image bad": (on(place / "one.png", str(folder / "cut.png"), *budget), "is damaged or cut short"),
+        "no budget": (arguments(place), "no budget: give exactly one of keep_tokens, keep_ratio and threshold"),
+        "two budgets": (arguments(place, *budget, "--threshold", "0.5"), "keep_tokens and threshold contradict each other"),
+        "bad ratio": (arguments(place, "--keep-ratio", "1.5"), "in (0, 1]"),
+        "no codebook": (replaced("--codebook", str(folder / "none")), "no codebook at"),
+        "damaged codebook": (
+            replaced("--codebook", str(folder / "damaged")),
+            "SHA-256 of prototypes-00000.safetensors",
+        ),
+        "broken manifest": (replaced("--codebook", str(folder / "broken")), "manifest.json"),
+        "no model": (replaced("--model", str(folder / "none")), "is neither a folder nor a Hub id"),
+        "unsupported model": (replaced("--model", str(folder / "other")), "other"),
+        "empty model folder": (replaced("--model", str(place)), "cannot load model"),
+        "device": (replaced("--device", "abacus"), "device abacus cannot be used"),
+        "empty prompt": (replaced("--prompt", "  "), "the prompt is empty"),
+        "placeholder": (replaced("--prompt", "what is <image>?"), "must not hold <image>"),
+        "overlay format": (arguments(place, *budget, "--overlay", str(folder / "a.doc")), "ends in .png, .jpg or .webp"),
+        "overlay folder": (arguments(place, *budget, "--overlay", str(folder / "no/a.png")), "does not exist"),
+        "overlay on input": (on(folder / "own.png", *budget, "--overlay", str(folder / "own.png")), "would overwrite an input"),
+        "inspect nothing": (["inspect", str(folder / "none")], "no codebook at"),
+        "inspect damaged": (["inspect", str(folder / "damaged")], "the SHA-256"),
+    }
+
+
+def test_bad_input_gives_one_line_exit_code_2_and_no_file(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = bad_inputs(place, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for name, (words, message) in cases.items():
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        out, err = capsys.readouterr()
+        assert (name, stop.value.code, out) == (name, 2, "")
+        assert err.startswith("error: "), name
+        assert err.count("\n") == 1, name
+        assert message in err, name
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_codebook_of_another_model_is_refused(place: Path, tmp_path: Path, reference: tuple[Any, Any]) -> None:
+    write_codebook(tmp_path / "codebook", reference[0], torch.randn(3, 64))
+    options = ("--keep-tokens", "9", "--overlay", str(tmp_path / "a.png"))
+    done = run(*arguments(place, *options, codebook=str(tmp_path / "codebook")))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: codebook of tiny/model has dimension 64, the model has 128")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("words", [("image",), ("image", "--no-such-option"), ("nothing",)])
+def test_usage_errors_exit_with_2(words: tuple[str, ...]) -> None:
+    done = run(*words)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_an_interrupt_is_one_line_and_130(place: Path) -> None:
+    words = [COMMAND, *arguments(place, "--keep-tokens", "9", "--json"), *[str(place / "one.png")] * 400]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    assert process.stdout is not None
+    assert json.loads(process.stdout.readline())["tokens_after"] == 9  # in the middle of its work
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "interrupted\n")
+
+
+LIGHT = """
+import sys
+{action}
+heavy = {{"torch", "transformers", "numpy", "PIL", "faiss", "safetensors"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        "import codebook_prune; dir(codebook_prune); codebook_prune.__all__; codebook_prune.UserError",
+        "from codebook_prune.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
+        "from codebook_prune.cli import main\ntry: main(['image', '--help'])\nexcept SystemExit: pass",
+        "from codebook_prune.cli import main\ntry: main(['inspect', '--help'])\nexcept SystemExit: pass",
+    ],
+)
+def test_importing_and_help_load_nothing_heavy(action: str) -> None:
+    script = LIGHT.format(action=action)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_resolves_and_others_do_not() -> None:
+    import codebook_prune
+
+    assert all(getattr(codebook_prune, name).__name__ == name for name in codebook_prune.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'PrunerManager'"):
+        codebook_prune.PrunerManager  # noqa: B018
