@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from codebook_builder.build import Report
     from codebook_schemas import BuildConfig, CodebookManifest
 
+INTERRUPTED = 130
 app = typer.Typer(
     help="Build, inspect and maintain redundancy codebooks.", no_args_is_help=False, add_completion=False,
     pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -80,7 +82,8 @@ def build(config: BuildConfig, address: str | None, local: bool, allow_quarantin
         return job.extend(extend) if extend else job.codebook()
     from codebook_builder.cluster import connected
 
-    with connected(config.cluster, address) as runner:
+    # Ray prints what its daemons report on stdout, which is ours: send it to stderr.
+    with redirect_stdout(sys.stderr), connected(config.cluster, address) as runner:
         job = Build(config, runner, allow_quarantine=allow_quarantine, here=address is None)
         return job.extend(extend) if extend else job.codebook()
 
@@ -200,10 +203,12 @@ def main() -> None:
     """Entry point: exit code 0, 1 (shards quarantined), 2 (bad input) or 130 (interrupted)."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False) or 0
+        if code == INTERRUPTED:  # typer turns Ctrl-C into this exit code
+            code = fail(KeyboardInterrupt())
     except (Exception, KeyboardInterrupt) as error:
         code = fail(error)
-    sys.exit(code or 0)
+    sys.exit(code)
 
 
 def fail(error: BaseException) -> int:
@@ -214,7 +219,7 @@ def fail(error: BaseException) -> int:
         return 2
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
         print("interrupted: run the same command again to resume", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     from codebook_builder.build import QuarantinedError
 
     if isinstance(error, QuarantinedError):

@@ -1,4 +1,4 @@
-"""Codebooks as files: exact content, deterministic bytes, an index that answers as exact search does, and crash-safe changes."""
+"""Codebooks as files: exact content, deterministic bytes, an index that answers as exact search does, safe changes."""
 
 from __future__ import annotations
 

@@ -70,16 +70,20 @@ def test_one_of_many_writers_wins_and_the_others_leave_nothing(tmp_path: Path) -
 
 
 def test_a_failed_part_disappears(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), PartWriter(tmp_path, SHARD.name, 0, DIMENSION) as part:
-        part.write(score_table())
-        raise RuntimeError
+    def fail() -> None:
+        with PartWriter(tmp_path, SHARD.name, 0, DIMENSION) as part:
+            part.write(score_table())
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert not list(tmp_path.glob("part-*"))
 
 
 def test_another_configuration_or_input_is_refused_by_both_hashes(tmp_path: Path) -> None:
     path = write_part(tmp_path, score_table())
     commit(tmp_path, SHARD.name, marker_of(path, 48, "one"))
-    with pytest.raises(UserError, match="one.*two"):
+    with pytest.raises(UserError, match=r"one.*two"):
         committed(tmp_path, [SHARD], "two")
     with pytest.raises(UserError, match=r"content a{16}.*b{16}"):
         committed(tmp_path, [SHARD.model_copy(update={"sha256": "b" * 64})], "one")
@@ -90,18 +94,18 @@ def test_damage_is_found_before_parsing(tmp_path: Path) -> None:
     marker = marker_of(path, 48)
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match=r"damaged"):
         verify_part(tmp_path, marker)
     for place in range(4, len(whole), 211):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(UserError, match="damaged"):
+        with pytest.raises(UserError, match=r"damaged"):
             verify_part(tmp_path, marker)
     path.unlink()
-    with pytest.raises(UserError, match="missing"):
+    with pytest.raises(UserError, match=r"missing"):
         verify_part(tmp_path, marker)
     marker_path(tmp_path, SHARD.name).parent.mkdir(exist_ok=True)
     marker_path(tmp_path, SHARD.name).write_text("{")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match=r"damaged"):
         committed(tmp_path, [SHARD], "p")
 
 
@@ -115,7 +119,7 @@ def test_page_checksums_catch_a_flipped_byte_of_data(tmp_path: Path) -> None:
         start = column.dictionary_page_offset or column.data_page_offset
         last = start + column.total_compressed_size - 1
         path.write_bytes(whole[:last] + bytes([whole[last] ^ 16]) + whole[last + 1 :])
-        with pytest.raises(UserError, match="damaged"):
+        with pytest.raises(UserError, match=r"damaged"):
             list(read_part(tmp_path, marker_of(path, 48)))
 
 
@@ -142,16 +146,16 @@ def test_extension_types_and_other_schemas_are_refused(tmp_path: Path, registere
     if registered:
         pa.register_extension_type(Evil())
     try:
-        with pytest.raises(UserError, match="extension type"):
+        with pytest.raises(UserError, match=r"extension type"):
             list(read_part(tmp_path, marker_of(path, 48)))
     finally:
         if registered:
             pa.unregister_extension_type("test.evil")
     pq.write_table(table.drop_columns(["token"]), path)
-    with pytest.raises(UserError, match="expected columns"):
+    with pytest.raises(UserError, match=r"expected columns"):
         list(read_part(tmp_path, marker_of(path, 48)))
     pq.write_table(table.slice(1), path)
-    with pytest.raises(UserError, match="rows|not a table"):
+    with pytest.raises(UserError, match=r"rows|not a table"):
         list(read_part(tmp_path, marker_of(path, 48)))
 
 

@@ -38,9 +38,9 @@ def plain(tables: list[pa.Table], rule: Rule, c: SelectionConfig) -> list[tuple[
             region, whole = row["region_divergence"], row["global_divergence"]
             if row["top1_prob"] >= rule.top1_prob or region is None or whole is None:
                 continue
-            if rule.region_weight * region + rule.global_weight * whole < rule.influence:
-                if labels.count(label) <= c.max_cluster_size:
-                    survivors.append(row)
+            low = rule.region_weight * region + rule.global_weight * whole < rule.influence
+            if low and labels.count(label) <= c.max_cluster_size:
+                survivors.append(row)
     labels = direct(np.array([row["embedding"] for row in survivors], np.float32), c.inter_clusters, c.neighbours)
     kept = []
     for label in set(labels):

@@ -1,0 +1,113 @@
+"""The real job on a real cluster: `ray start`, `ray job submit`, and the codebook it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from processes import descendants, end
+
+from codebook_builder.artefact import verify
+from codebook_builder.shards import write_shard
+from codebook_prune.codebook import Codebook
+from reference_vlm.scenes import make_scene, render
+
+ROOT = Path(__file__).parents[2]
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+def free_ports(number: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(number)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports: list[int] = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A head node on loopback with its own home, ports and token; the environment in which jobs may be submitted to it."""
+    home = tmp_path_factory.mktemp("home")
+    gcs, dashboard, client, agent = free_ports(4)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+        "HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }  # fmt: skip
+    command = [
+        RAY, "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", f"--port={gcs}",
+        "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}",
+        f"--dashboard-agent-listen-port={agent}", "--num-cpus=4", "--object-store-memory=134217728", f"--temp-dir={home}/ray",
+    ]  # fmt: skip
+    log = (home / "start.log").open("w")
+    head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 90
+        while not answers(dashboard):
+            assert head.poll() is None, (home / "start.log").read_text()
+            assert time.monotonic() < deadline, (home / "start.log").read_text()
+            time.sleep(0.2)
+        yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    finally:
+        ours = descendants(head.pid)
+        head.send_signal(signal.SIGTERM)
+        end([head.pid, *ours], seconds=20)
+        head.wait()
+        log.close()
+
+
+def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [RAY, "job", "submit", "--working-dir", str(ROOT), "--", "python", "jobs/build_codebook.py", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def write_config(folder: Path, name: str, **changes: object) -> str:
+    data = {
+        "model": "reference_vlm/checkpoint", "shards": [str(folder / "s-{000..001}.tar")], "output": str(folder / "book"),
+        "probe": {"tokens_per_image": 8},
+        "thresholds": {"calibration_images": 3, "top1_prob": {"quantile": 0.9}, "influence": {"quantile": 0.9}},
+        "selection": {"min_images": 1, "inter_clusters": 2, "intra_clusters": 4},
+        "cluster": {"workers": 2, "cpus_per_worker": 0.5},
+    }  # fmt: skip
+    (folder / name).write_text(json.dumps(data | changes))
+    return str(folder / name)
+
+
+@pytest.mark.cluster
+def test_a_submitted_job_builds_the_codebook_a_local_run_builds(cluster: dict[str, str], tmp_path: Path) -> None:
+    for s in range(2):
+        samples = ((f"{s}-{i}", {"png": render(make_scene("codebook", 3 * s + i), canvas=True)}) for i in range(3))
+        write_shard(tmp_path / f"s-{s:03d}.tar", samples)
+    job = submit(cluster, write_config(tmp_path, "c.json"), "--json")
+    assert job.returncode == 0, job.stdout + job.stderr
+    manifest = verify(tmp_path / "book")
+    assert manifest.counts["images"] == 6
+    assert len(Codebook.from_pretrained(tmp_path / "book")) == manifest.rows > 0
+    config = write_config(tmp_path, "local.json", output=str(tmp_path / "local"))
+    command = [sys.executable, "-m", "codebook_builder.cli", "run", config, "--local", "--json"]
+    local = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert local["digest"] in job.stdout
+
+
+@pytest.mark.cluster
+def test_a_job_that_cannot_work_fails_with_one_line(cluster: dict[str, str], tmp_path: Path) -> None:
+    job = submit(cluster, write_config(tmp_path, "c.json", output="book"))
+    assert job.returncode != 0
+    assert "error: " in job.stdout
+    assert "must be an absolute path" in job.stdout
+    assert "Traceback" not in job.stdout
