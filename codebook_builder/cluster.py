@@ -15,9 +15,10 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import codebook_builder
@@ -73,19 +74,18 @@ def connected(config: ClusterConfig, address: str | None) -> Iterator[Runner]:
     threads = str(config.threads_per_worker)
     variables = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "RAY_USAGE_STATS_ENABLED": "0"}
     environment: dict[str, Any] = {"env_vars": variables}
-    try:
-        if address is None:
-            _start_embedded(config, environment)
-        else:
-            ray.init(address, runtime_env=environment | {"py_modules": package_folders()}, log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"cannot start Ray or reach it at {address or 'this machine'}: {reason}") from None
-    try:
+    with ExitStack() as stack:
+        try:
+            if address is None:
+                stack.enter_context(_embedded(config, environment))
+            else:
+                ray.init(address, runtime_env=environment | {"py_modules": package_folders()}, log_to_driver=False)
+                stack.callback(ray.shutdown)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"cannot start Ray or reach it at {address or 'this machine'}: {reason}") from None
         check_placement(config)
         yield lambda tasks: _Loop(config, tasks).outcomes()
-    finally:
-        ray.shutdown()
 
 
 def _protect() -> None:
@@ -98,15 +98,21 @@ def _protect() -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
-def _start_embedded(config: ClusterConfig, environment: dict[str, Any]) -> None:
-    """A private Ray on this machine, with logical CPUs for all workers."""
+@contextmanager
+def _embedded(config: ClusterConfig, environment: dict[str, Any]) -> Iterator[None]:
+    """A private Ray on this machine, with logical CPUs for all workers and its files in a temporary folder."""
     import ray
 
     cpus = max(os.cpu_count() or 1, math.ceil(config.workers * config.cpus_per_worker))
-    ray.init(
-        address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, runtime_env=environment,
-        _node_ip_address="127.0.0.1", object_store_memory=128 << 20,
-    )  # fmt: skip
+    with TemporaryDirectory(prefix="codebook-ray-", ignore_cleanup_errors=True) as folder:
+        ray.init(
+            address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, runtime_env=environment,
+            _node_ip_address="127.0.0.1", _temp_dir=folder, object_store_memory=128 << 20,
+        )  # fmt: skip
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def check_placement(config: ClusterConfig) -> None:
