@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -32,8 +33,8 @@ class Plain:
 class Answer:
     """One image's answer.
 
-    prefill_ms: one forward pass over the prompt, vision encoder included, everything warm. prune_ms: the pruner's part of it.
-    total_ms: the whole answer.
+    prefill_ms: one forward pass over the prompt, vision encoder included: the median of three after a warm-up. prune_ms: the
+    pruner's part of one: the mean of all, warm-up included. total_ms: the whole answer, once.
     """
 
     file: str
@@ -57,7 +58,6 @@ class Asker:
     def __init__(self, model: Any, processor: Any, pruner: Pruner, prompt: str, max_new_tokens: int) -> None:
         self.model, self.processor, self.pruner, self.max_new_tokens = model, processor, pruner, max_new_tokens
         self.text = chat_text(processor, prompt)
-        self._warm = False
 
     def answer(self, file: Path, *, compare: bool = False, overlay: Path | None = None) -> Answer:
         """Answer about one image file.
@@ -72,9 +72,6 @@ class Asker:
         """
         image = open_image(file)
         inputs = self.processor(images=image, text=self.text, return_tensors="pt").to(self.model.device)
-        if not self._warm:
-            self._run(inputs, self.pruner(self.model))
-            self._warm = True
         text, prefill, total = self._run(inputs, self.pruner(self.model))
         stats = self.pruner.stats
         plain = Plain(*self._run(inputs, nullcontext())) if compare else None
@@ -94,12 +91,12 @@ class Asker:
 
     @torch.inference_mode()
     def _run(self, inputs: Any, block: AbstractContextManager[Any]) -> tuple[str, float, float]:
-        """(answer, milliseconds of one prefill, milliseconds of the whole answer)."""
+        """(answer, milliseconds of a prefill, milliseconds of the whole answer)."""
         with block:
-            _, prefill = self._timed(lambda: self.model(**inputs, logits_to_keep=1, use_cache=True))
+            passes = [self._timed(lambda: self.model(**inputs, logits_to_keep=1))[1] for _ in range(4)]
             out, total = self._timed(lambda: self.model.generate(**inputs, do_sample=False, max_new_tokens=self.max_new_tokens))
         words = self.processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return words.strip(), prefill, total
+        return words.strip(), statistics.median(passes[1:]), total
 
     def _timed(self, call: Callable[[], Any]) -> tuple[Any, float]:
         on_gpu = self.model.device.type == "cuda"

@@ -15,12 +15,13 @@ from codebook_schemas import UserError
 from codebook_schemas.files import replace_atomically
 
 SMALLEST_SIDE = 480
-DIM = 0.35
+DIM = (0.35, 60)
+"""Factor and offset of the grey that dropped cells fade to: dark beside bright places, and still grey beside dark ones."""
 Box = tuple[float, float, float, float]
 
 
 def draw_overlay(image: Image.Image, position: Tensor, kept: Tensor, *, seen: Box | None = None) -> Image.Image:
-    """The image with the places of dropped tokens greyed out and darkened.
+    """The image with the places of dropped tokens faded to grey.
 
     Small images are enlarged by a whole factor first, and cells have hard edges, so the picture is crisp at any size.
 
@@ -40,7 +41,7 @@ def draw_overlay(image: Image.Image, position: Tensor, kept: Tensor, *, seen: Bo
             cells[row, column] = 255
     mask = Image.new("L", image.size, 0)
     mask.paste(Image.fromarray(cells).resize((right - left, bottom - top), Image.Resampling.NEAREST), (left, top))
-    dim = ImageOps.grayscale(image).point([int(value * DIM) for value in range(256)]).convert("RGB")
+    dim = ImageOps.grayscale(image).point([int(value * DIM[0] + DIM[1]) for value in range(256)]).convert("RGB")
     return Image.composite(image, dim, mask)
 
 

@@ -19,7 +19,7 @@ GRID = torch.tensor([[r, c] for r in range(4) for c in range(4)])
 
 
 @pytest.mark.parametrize("size", [(32, 32), (30, 61), (700, 500), (1001, 333)])
-def test_kept_cells_keep_their_pixels_and_dropped_ones_are_dark_and_grey(size: tuple[int, int]) -> None:
+def test_kept_cells_keep_their_pixels_and_dropped_ones_are_grey(size: tuple[int, int]) -> None:
     image = Image.new("RGB", size, (250, 80, 30))
     kept = torch.zeros(16, dtype=torch.bool)
     kept[[0, 6, 15]] = True
@@ -34,7 +34,7 @@ def test_kept_cells_keep_their_pixels_and_dropped_ones_are_dark_and_grey(size: t
             assert (cell == [250, 80, 30]).all()
         else:
             assert np.ptp(cell) == 0
-            assert cell.max() < 60
+            assert 60 <= cell.max() < 150
     assert len({tuple(p) for p in picture.reshape(-1, 3).tolist()}) == 2  # hard edges, nothing in between
 
 
@@ -56,7 +56,8 @@ def test_the_grid_lies_where_the_processor_crops() -> None:
     assert np.abs(shown.astype(int) - by_hand)[:, 2:-2].max() <= 1  # at the cut, the resize saw what lies beyond
     picture = np.asarray(draw_overlay(image, GRID, torch.ones(16, dtype=torch.bool), seen=seen_box(image, crop)))
     assert np.array_equal(picture[:, 150:450], np.asarray(image)[:, 150:450])
-    assert picture[:, :150].max() < 100 > picture[:, 450:].max()
+    for outside in (picture[:, :150], picture[:, 450:]):
+        assert np.ptp(outside, axis=2).max() == 0
     assert seen_box(image, SimpleNamespace(size={"height": 32, "width": 32}, do_center_crop=False)) is None
 
 
