@@ -1,7 +1,7 @@
 """Accuracy of the reference VLM against visual tokens kept: `python -m benchmarks.accuracy --codebook DIR`.
 
-Every method answers the same test questions (>= 2,000, scenes no codebook or tuning has seen) through the processor and `generate`.
-Percent of full is relative to the unpruned model; its 95% interval is a paired bootstrap over questions.
+Every method answers the same test questions (>= 2,000, scenes no codebook or tuning has seen) through the processor and
+`generate`. Percent of full is relative to the unpruned model; its 95% interval is a paired bootstrap over questions.
 """
 
 from __future__ import annotations

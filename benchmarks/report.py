@@ -44,7 +44,8 @@ def envelope(rows: Sequence[Row], seed: int) -> dict[str, Any]:
         "commit": commit or "unknown",
         "dirty": bool(changed.strip()),
         "device": device_name(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "numpy")} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in ("torch", "transformers", "numpy")}
+        | {"python": platform.python_version()},
         "seed": seed,
         "command": f"python -m benchmarks.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".strip(),
         "rows": [dict(row) for row in rows],

@@ -128,7 +128,9 @@ def reference_input(batch: int = 1) -> tuple[Any, dict[str, torch.Tensor]]:
     model, processor = load_model(str(CHECKPOINT))
     items = question_set("validation", batch, ("position",))
     inputs = processor(
-        images=[render(i.scene) for i in items], text=[prompt_of(processor, i.question.text) for i in items], return_tensors="pt"
+        images=[render(i.scene) for i in items],
+        text=[prompt_of(processor, i.question.text) for i in items],
+        return_tensors="pt",
     )
     return model, dict(inputs.to(model.device))
 

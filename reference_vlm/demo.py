@@ -14,6 +14,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
@@ -78,15 +78,18 @@ def local_ray(folder: Path, cpus: int) -> Iterator[dict[str, str]]:
         "include-dashboard": "true",
     }
     command = [ray_command(), "start", "--head", "--block", *(f"--{key}={value}" for key, value in flags.items())]
-    log = open(folder / "ray.log", "w")  # noqa: SIM115
     start_env = {k: v for k, v in env.items() if k != "RAY_ADDRESS"}
-    head = subprocess.Popen(command, env=start_env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        wait_for(port, head, folder / "ray.log")
-        yield env
-    finally:
-        stop(head)
-        log.close()
+    with (
+        open(folder / "ray.log", "w") as log,
+        tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as scratch,
+    ):
+        command.append(f"--temp-dir={scratch}")
+        head = subprocess.Popen(command, env=start_env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            wait_for(port, head, folder / "ray.log")
+            yield env
+        finally:
+            stop(head)
 
 
 def ray_command() -> str:
@@ -163,7 +166,10 @@ def compare(model: Any, processor: Any, codebook: Any, questions: int) -> list[R
     items = question_set("test", questions // len(FAMILIES), FAMILIES)
     methods: list[tuple[str, float, Any]] = [("unpruned", 1.0, None)]
     for ratio in RATIOS[1:]:
-        methods += [("codebook", ratio, CodebookPruner(codebook, keep_ratio=ratio)), ("random", ratio, RandomPruner(keep_ratio=ratio))]
+        methods += [
+            ("codebook", ratio, CodebookPruner(codebook, keep_ratio=ratio)),
+            ("random", ratio, RandomPruner(keep_ratio=ratio)),
+        ]
     times = prefill_ms(model, processor, items[0], [pruner for _, _, pruner in methods])
     results = []
     for (name, ratio, pruner), ms in zip(track(methods, "asking", console=console), times, strict=True):
@@ -197,23 +203,19 @@ def print_table(results: Sequence[Result], questions: int) -> None:
 def draw_overlays(model: Any, processor: Any, codebook: Any, path: Path, scene_number: int = 20) -> None:
     """One held-out image with the dropped tokens greyed out, at every ratio side by side."""
     from codebook_prune import CodebookPruner
-    from codebook_prune.overlay import overlay
+    from codebook_prune.overlay import draw_overlay, enlarged, save_picture, side_by_side
 
-    image = render(make_scene("test", scene_number)).resize((384, 384), Image.Resampling.NEAREST)
+    image = render(make_scene("test", scene_number))
     inputs = processor(images=[image], text=[prompt_of(processor, "Describe the image.")], return_tensors="pt")
-    panels = [("unpruned: 144 tokens", image)]
+    pictures, captions = [enlarged(image)[0]], [f"all {GRID * GRID} tokens"]
     for ratio in RATIOS[1:]:
         pruner = CodebookPruner(codebook, keep_ratio=ratio)
         with torch.inference_mode(), pruner(model):
             model(**inputs, logits_to_keep=1)
         kept, position = pruner.stats.kept[0].cpu(), pruner.stats.position[0].cpu()
-        panels.append((f"kept {ratio:.0%}: {int(kept.sum())} tokens", overlay(image, kept, position)))
-    sheet = Image.new("RGB", (len(panels) * 400 + 16, 440), "white")
-    draw = ImageDraw.Draw(sheet)
-    for k, (caption, panel) in enumerate(panels):
-        sheet.paste(panel, (16 + 400 * k, 40))
-        draw.text((16 + 400 * k, 12), caption, fill="black", font_size=20)
-    sheet.save(path)
+        pictures.append(draw_overlay(image, position, kept))
+        captions.append(f"{int(kept.sum())} tokens kept ({ratio:.0%})")
+    save_picture(side_by_side(pictures, captions), path)
 
 
 def draw_chart(results: Sequence[Result], questions: int, path: Path) -> None:
@@ -227,7 +229,9 @@ def draw_chart(results: Sequence[Result], questions: int, path: Path) -> None:
     full = 100 * results[0].right / questions
     for k, (name, color) in enumerate((("codebook", "#2563eb"), ("random", "#9ca3af"))):
         mine = [r for r in results if r.method == name]
-        bars = axes.bar([i + 0.38 * (k - 0.5) for i in range(len(mine))], [100 * r.right / questions for r in mine], 0.36, color=color)
+        bars = axes.bar(
+            [i + 0.38 * (k - 0.5) for i in range(len(mine))], [100 * r.right / questions for r in mine], 0.36, color=color
+        )
         axes.bar_label(bars, fmt="%.0f")
         bars.set_label(name)
     axes.axhline(full, color="black", linestyle="--", linewidth=1, label=f"unpruned ({full:.0f}%)")

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from codebook_prune.adapters.loading import load_model
 from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from codebook_prune.adapters.loading import load_model
 from reference_vlm import CHECKPOINT
 from reference_vlm.model import build_processor, build_tokenizer
 

@@ -84,7 +84,10 @@ class Codebook:
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         info = api.upload_folder(
-            repo_id=repo_id, folder_path=source, allow_patterns=ALLOW_PATTERNS, commit_message=f"Codebook v{self.manifest.version}"
+            repo_id=repo_id,
+            folder_path=source,
+            allow_patterns=ALLOW_PATTERNS,
+            commit_message=f"Codebook v{self.manifest.version}",
         )
         return str(info.commit_url)
 

@@ -1,0 +1,107 @@
+"""Write the README's result tables from the committed JSON: `python -m benchmarks.readme` (`--check`: only compare)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import RESULTS, ROOT
+
+START, END = "<!-- results -->", "<!-- end results -->"
+
+
+def load(name: str) -> dict[str, Any]:
+    """A committed result."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; the first column is text, the others numbers."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def accuracy(report: dict[str, Any]) -> str:
+    """Percent of the unpruned accuracy by method and ratio, with intervals."""
+    rows = [r for r in report["rows"] if r["family"] == "overall"]
+    ratios = sorted({r["keep_ratio"] for r in rows} - {1.0}, reverse=True)
+    full = next(r for r in rows if r["method"] == "unpruned")
+    methods = [m for m in dict.fromkeys(r["method"] for r in rows) if m != "unpruned"]
+    body = []
+    for method in methods:
+        cells = [next(r for r in rows if r["method"] == method and r["keep_ratio"] == ratio) for ratio in ratios]
+        body.append([method, *(f"{c['percent_of_full']:.1f} ({c['ci95'][0]:.1f}..{c['ci95'][1]:.1f})" for c in cells)])
+    head = ["accuracy, % of unpruned", *(f"{round(144 * r)} tokens ({r:.0%})" for r in ratios)]
+    return (
+        f"Accuracy of the reference VLM, {full['n']} held-out questions, unpruned {100 * full['accuracy']:.1f}% right "
+        f"(95% paired bootstrap; `{report['command']}`):\n\n{table(head, body)}"
+    )
+
+
+def runtime(report: dict[str, Any]) -> str:
+    """Prefill and time to first token against unpruned, and the pruner's own cost."""
+    rows = [r for r in report["rows"] if "ttft_ms" in r]
+    body = [
+        [
+            f"{r['model']}, {r['method']}",
+            f"{r['keep_ratio']:.0%}",
+            f"{r['prefill_ms']:.1f}",
+            f"{r['prefill_ratio']:.2f}",
+            f"{r['ttft_ratio']:.2f}",
+            f"{r['prune_ms']:.2f}",
+        ]
+        for r in rows
+    ]
+    head = ["model, method", "kept", "prefill, ms", "of unpruned", "time to first token, of unpruned", "pruner, ms"]
+    alone = [r for r in report["rows"] if "ttft_ms" not in r]
+    own = [
+        [
+            f"{r['visual_tokens']} tokens, {r['method']}",
+            f"{r['prune_ms']:.1f}",
+            f"{r['prefill_ms']:.0f}",
+            f"{r['prune_percent_of_prefill']:.2f}",
+        ]
+        for r in alone
+    ]
+    own_head = ["pruner alone, d = 4096", "ms", "7B prefill, ms (1 layer x 32)", "% of prefill"]
+    return f"Speed on {report['device']} (`{report['command']}`):\n\n{table(head, body)}\n\n{table(own_head, own)}"
+
+
+def build(report: dict[str, Any]) -> str:
+    """Cost of the experiments and of a whole build."""
+    probing = [r for r in report["rows"] if r.get("ratio_to_naive") is not None]
+    whole = next(r for r in report["rows"] if r.get("artefact_bytes") is not None)
+    body = [[r["variant"], f"{r['images_per_s']:.2f}", f"{r['ratio_to_naive']:.1f} x"] for r in probing]
+    head = ["probing all 144 tokens", "images/s", "speed-up"]
+    return (
+        f"Building (`{report['command']}`):\n\n{table(head, body)}\n\n"
+        f"A whole build of {whole['images']} images at {whole['tokens_per_image']} tokens each on one thread: "
+        f"{whole['wall_seconds']:.0f} s ({whole['images_per_s']:.2f} images/s, peak {whole['peak_mb']:.0f} MB), "
+        f"{whole['prototypes']} prototypes in {whole['artefact_bytes'] / 1024:.0f} KiB."
+    )
+
+
+def generated() -> str:
+    """The README's results section."""
+    return "\n\n".join((accuracy(load("accuracy")), runtime(load("runtime")), build(load("build"))))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    path = Path(ROOT / "README.md")
+    text = path.read_text()
+    before, rest = text.split(START, 1)
+    wanted = f"{before}{START}\n{generated()}\n{END}{rest.split(END, 1)[1]}"
+    if check and wanted != text:
+        sys.exit("README.md differs from benchmarks/results: run python -m benchmarks.readme")
+    path.write_text(wanted)
+
+
+if __name__ == "__main__":
+    main()
