@@ -107,10 +107,11 @@ def experiment_rows(images: int, quantile: float) -> list[dict[str, Any]]:
     limits = thresholds_of(off.probe([p for p, _ in pictures], [k for _, k in pictures]), quantile)
     on = Prober(model, processor, CONFIG.model_copy(update={"cascade": True}), limits)
     naive = OneForwardPerExperiment(model, processor)
+    ways: tuple[OneForwardPerExperiment | Prober, ...] = (naive, off, on)
     seconds: dict[str, list[float]] = {"one forward per experiment": [], "batched, shared prefixes": [], "and cascade": []}
     for picture, key in pictures:
         found = []
-        for name, prober in zip(seconds, (naive, off, on), strict=True):
+        for name, prober in zip(seconds, ways, strict=True):
             started = time.perf_counter()
             found += prober.probe([picture], [key])
             seconds[name].append(time.perf_counter() - started)

@@ -64,9 +64,12 @@ def layer_prefill_ms(tokens: int, rounds: int) -> float:
     """Prefill of 32 layers of LLaVA-1.5-7B's decoder, from one measured layer."""
     config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=1, num_attention_heads=32, vocab_size=8)
     with torch.device(DEVICE):
-        decoder = LlamaModel(config).to(torch.bfloat16).eval()
+        decoder: Any = LlamaModel(config).to(torch.bfloat16).eval()
     embeds = torch.randn(1, tokens, 4096, device=DEVICE, dtype=torch.bfloat16)
-    run = lambda: decoder(inputs_embeds=embeds, use_cache=False)  # noqa: E731
+
+    def run() -> None:
+        decoder(inputs_embeds=embeds, use_cache=False)
+
     run()
     return 32 * statistics.median(milliseconds(run) for _ in range(rounds))
 
@@ -112,7 +115,7 @@ def random_llava(grid: int, width: int, layers: int) -> tuple[Any, dict[str, tor
         num_attention_heads=width // 64, max_position_embeddings=8192, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=999, image_seq_length=grid * grid)
-    model = LlavaForConditionalGeneration(config).eval().to(DEVICE)
+    model: Any = LlavaForConditionalGeneration(config).eval().to(DEVICE)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     ids = torch.cat([torch.tensor([1]), torch.full((grid * grid,), 999), torch.arange(3, 3 + TEXT_TOKENS)])[None].to(DEVICE)
@@ -140,7 +143,10 @@ def measure(model: Any, inputs: dict[str, torch.Tensor], pruner: Any | None) -> 
     """One round of one method: prefill, pruner, first token and decode, in milliseconds; peak memory in MB on a GPU."""
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    generate = lambda n: model.generate(**inputs, max_new_tokens=n, min_new_tokens=n, do_sample=False)  # noqa: E731
+
+    def generate(n: int) -> None:
+        model.generate(**inputs, max_new_tokens=n, min_new_tokens=n, do_sample=False)
+
     with pruner(model) if pruner is not None else nullcontext():
         prefill = milliseconds(lambda: model(**inputs, use_cache=True, logits_to_keep=1))
         prune = 1000 * pruner.stats.seconds if pruner is not None else 0.0
@@ -168,14 +174,16 @@ def model_rows(name: str, model: Any, inputs: dict[str, torch.Tensor], rounds: i
             if round_:  # the first round warms up
                 samples[key].append(found)
     full = samples["unpruned", 1.0]
+    base = statistics.median(b["prefill_ms"] for b in full)
     rows = []
-    for (method, ratio), found in samples.items():
+    for (method, ratio), rounds_found in samples.items():
         row: dict[str, Any] = {"method": method, "model": name, "visual_tokens": visual, "keep_ratio": ratio}
-        for key in found[0]:
-            row[key] = statistics.median(f[key] for f in found)
-        for key in ("prefill", "ttft", "decode"):
-            row[f"{key}_ratio"] = statistics.median(f[f"{key}_ms"] / b[f"{key}_ms"] for f, b in zip(found, full, strict=True))
-        row["prune_percent_of_prefill"] = 100 * row["prune_ms"] / statistics.median(b["prefill_ms"] for b in full)
+        for field in rounds_found[0]:
+            row[field] = statistics.median(f[field] for f in rounds_found)
+        for field in ("prefill", "ttft", "decode"):
+            pairs = zip(rounds_found, full, strict=True)
+            row[f"{field}_ratio"] = statistics.median(f[f"{field}_ms"] / b[f"{field}_ms"] for f, b in pairs)
+        row["prune_percent_of_prefill"] = 100 * row["prune_ms"] / base
         rows.append(row)
     return rows
 

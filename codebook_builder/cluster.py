@@ -118,19 +118,32 @@ def _embedded(config: ClusterConfig, environment: dict[str, Any]) -> Iterator[No
 def check_placement(config: ClusterConfig) -> None:
     """Refuse what would wait for ever: at least one live node must be able to hold one worker.
 
+    With `wait_for_nodes` the autoscaler is asked for room for all workers first, and has that many seconds to add a node.
+
     Raises:
-        UserError: says what is asked for and what the largest nodes have.
+        UserError: says what is asked for and what the nodes have.
     """
     import ray
 
     wanted = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(all(node.get(kind, 0) >= amount for kind, amount in wanted.items()) for node in nodes):
-        has = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes) or "none"
-        raise UserError(
-            f"a worker needs {config.cpus_per_worker:g} CPUs and {config.gpus_per_worker:g} GPUs on one node, the cluster's "
-            f"nodes have: {has}; change cluster.cpus_per_worker or cluster.gpus_per_worker, or add nodes"
-        )
+    if config.wait_for_nodes:
+        from ray.autoscaler.sdk import request_resources
+
+        request_resources(bundles=[wanted] * config.workers)
+    deadline = time.monotonic() + config.wait_for_nodes
+    while True:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if any(all(node.get(kind, 0) >= amount for kind, amount in wanted.items()) for node in nodes):
+            return
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(1)
+    has = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes) or "none"
+    raise UserError(
+        f"a worker needs {config.cpus_per_worker:g} CPUs and {config.gpus_per_worker:g} GPUs on one node, the cluster's "
+        f"nodes have: {has}; change cluster.cpus_per_worker or cluster.gpus_per_worker, or add nodes "
+        "(an autoscaling cluster: set cluster.wait_for_nodes to the seconds it may take)"
+    )
 
 
 @dataclass

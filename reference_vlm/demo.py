@@ -73,6 +73,8 @@ def local_ray(folder: Path, cpus: int) -> Iterator[dict[str, str]]:
         "port": free_port(),
         "dashboard-host": "127.0.0.1",
         "dashboard-port": port,
+        "dashboard-agent-listen-port": free_port(),
+        "ray-client-server-port": free_port(),
         "num-cpus": cpus,
         "object-store-memory": 200_000_000,
         "include-dashboard": "true",
@@ -111,15 +113,13 @@ def wait_for(port: int, head: subprocess.Popen[bytes], log: Path, seconds: float
 
 
 def stop(head: subprocess.Popen[bytes]) -> None:
-    """End the head and everything it started (they share a session), first politely."""
-    for sign, patience in ((signal.SIGTERM, 15), (signal.SIGKILL, 5)):
-        try:
-            os.killpg(head.pid, sign)
-            head.wait(patience)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
-        if sign == signal.SIGTERM:
-            time.sleep(0.5)
+    """End the head, which ends what it started; what does not listen within 20 seconds is killed."""
+    head.send_signal(signal.SIGTERM)
+    try:
+        head.wait(20)
+    except subprocess.TimeoutExpired:
+        os.killpg(head.pid, signal.SIGKILL)
+        head.wait()
 
 
 def build_codebook(folder: Path, images: int, workers: int) -> Path:

@@ -79,6 +79,7 @@ class ClusterConfig(Strict):
     in_flight: int = Field(2, ge=1, le=8)
     attempts: int = Field(3, ge=1)
     max_bad_fraction: float = Field(0.05, ge=0, le=1)
+    wait_for_nodes: float = Field(0.0, ge=0, description="Seconds an autoscaling cluster may take to add a node that fits")
 
 
 class BuildConfig(Strict):

@@ -62,7 +62,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
             assert head.poll() is None, (home / "start.log").read_text()
             assert time.monotonic() < deadline, (home / "start.log").read_text()
             time.sleep(0.2)
-        yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+        yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}", "GCS_ADDRESS": f"127.0.0.1:{gcs}"}
     finally:
         ours = descendants(head.pid)
         head.send_signal(signal.SIGTERM)
@@ -71,9 +71,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         log.close()
 
 
+def submission(*arguments: str) -> list[str]:
+    return [RAY, "job", "submit", "--working-dir", str(ROOT), "--", "python", "jobs/build_codebook.py", *arguments]
+
+
 def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [RAY, "job", "submit", "--working-dir", str(ROOT), "--", "python", "jobs/build_codebook.py", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(submission(*arguments), env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def write_config(folder: Path, name: str, **changes: object) -> str:
@@ -88,11 +91,15 @@ def write_config(folder: Path, name: str, **changes: object) -> str:
     return str(folder / name)
 
 
-@pytest.mark.cluster
-def test_a_submitted_job_builds_the_codebook_a_local_run_builds(cluster: dict[str, str], tmp_path: Path) -> None:
+def write_shards(folder: Path) -> None:
     for s in range(2):
         samples = ((f"{s}-{i}", {"png": render(make_scene("codebook", 3 * s + i), canvas=True)}) for i in range(3))
-        write_shard(tmp_path / f"s-{s:03d}.tar", samples)
+        write_shard(folder / f"s-{s:03d}.tar", samples)
+
+
+@pytest.mark.cluster
+def test_a_submitted_job_builds_the_codebook_a_local_run_builds(cluster: dict[str, str], tmp_path: Path) -> None:
+    write_shards(tmp_path)
     job = submit(cluster, write_config(tmp_path, "c.json"), "--json")
     assert job.returncode == 0, job.stdout + job.stderr
     manifest = verify(tmp_path / "book")
@@ -111,3 +118,30 @@ def test_a_job_that_cannot_work_fails_with_one_line(cluster: dict[str, str], tmp
     assert "error: " in job.stdout
     assert "must be an absolute path" in job.stdout
     assert "Traceback" not in job.stdout
+
+
+@pytest.mark.cluster
+def test_a_job_waits_for_a_node_that_joins_late(cluster: dict[str, str], tmp_path: Path) -> None:
+    """As on a cluster whose GPU group starts at zero nodes (the GPU here is a number only; the model runs on the CPU)."""
+    write_shards(tmp_path)
+    workers = {"workers": 1, "gpus_per_worker": 1, "wait_for_nodes": 120}
+    config = write_config(tmp_path, "late.json", cluster=workers)
+    job = subprocess.Popen(
+        submission(config, "--json"), env=cluster, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    time.sleep(8)
+    assert job.poll() is None, "the job did not wait"
+    node_command = [
+        RAY, "start", f"--address={cluster['GCS_ADDRESS']}", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=1",
+        "--num-gpus=1", f"--dashboard-agent-listen-port={free_ports(1)[0]}", "--object-store-memory=134217728",
+    ]  # fmt: skip
+    node = subprocess.Popen(node_command, env=cluster, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        out, _ = job.communicate(timeout=240)
+        assert job.returncode == 0, out
+        assert verify(tmp_path / "book").counts["images"] == 6
+    finally:
+        ours = descendants(node.pid)
+        node.send_signal(signal.SIGTERM)
+        end([node.pid, *ours], seconds=20)
+        node.wait()
