@@ -122,6 +122,8 @@ def make_scene(split: str, index: int, *, size: tuple[int, int] | None = (GRID, 
         glyph = _place(rng, taken, columns, rows, "glyph", "white", 16, 20)
         text = str(rng.choice(list(GLYPHS)))
     objects = _draw_objects(rng, taken, columns, rows)
+    if glyph not in taken:
+        glyph = None
     return Scene(seed, columns, rows, left, top, chosen, tuple(objects), glyph, text if glyph else "")
 
 
@@ -151,7 +153,7 @@ def _draw_objects(rng: np.random.Generator, taken: list[Item], columns: int, row
         item = _place(rng, taken, columns, rows, str(rng.choice(shapes)), str(rng.choice(colors)), size, size)
         if item is not None:
             objects.append(item)
-    if not objects:  # the plate took all the room: a scene always shows an object
+    if not objects:  # the plate took all the room: it goes, a scene always shows an object
         taken.clear()
         return _draw_objects(rng, taken, columns, rows)
     return objects
