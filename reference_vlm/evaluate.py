@@ -147,9 +147,10 @@ pipeline_tag: image-text-to-text
 
 # Reference VLM
 
-A small LLaVA ({parameters:.1f}M parameters, {bytes:.1f} MB in float16) trained on procedural scenes: the embedded model of codebook-prune's demo,
-tests and benchmarks. `AutoModelForImageTextToText` and `AutoProcessor` load it. CLIP-style tower with [CLS] (96 x 96 pixels, 144 visual
-tokens), two-layer connector, 8-layer Llama, word-level tokenizer: it only knows the words of its questions.
+A small LLaVA ({parameters:.1f}M parameters, {bytes:.1f} MB in float16) trained on procedural scenes: the embedded model of
+codebook-prune's demo, tests and benchmarks. `AutoModelForImageTextToText` and `AutoProcessor` load it. CLIP-style tower with
+[CLS] (96 x 96 pixels, 144 visual tokens), two-layer connector, 8-layer Llama, word-level tokenizer: it only knows the words of
+its questions.
 
 Scores on {n} held-out questions (`python -m reference_vlm.evaluate`), exact match:
 
@@ -159,8 +160,8 @@ Sanity of pruning experiments on it ({sanity_n} questions, positions renumbered)
 
 {sanity}
 
-Training: {training}. Visual lengths vary from 4 to 144 tokens during training because padding is removed; it was never trained on pruned inputs.
-Made for comparing pruning methods, not for looking at photographs.
+Training: {training}. Visual lengths vary from 4 to 144 tokens during training because padding is removed; it was never
+trained on pruned inputs. Made for comparing pruning methods, not for looking at photographs.
 """
 
 
