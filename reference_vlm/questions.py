@@ -144,7 +144,17 @@ def describe(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 Asker = Callable[[Scene, np.random.Generator], Question | None]
 FAMILIES: dict[str, Asker] = {f.__name__: f for f in (color, shape, count, exist, position, relation, read, label, describe)}
-WEIGHTS = {"color": 2, "shape": 2, "count": 3, "exist": 2, "position": 3, "relation": 2, "read": 1, "label": 1, "describe": 0.5}
+WEIGHTS = {
+    "color": 1,
+    "shape": 1,
+    "count": 3,
+    "exist": 4,
+    "position": 5,
+    "relation": 2,
+    "read": 1.5,
+    "label": 1,
+    "describe": 0.3,
+}
 
 
 def ask(scene: Scene, family: str, rng: np.random.Generator) -> Question | None:
