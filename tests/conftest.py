@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -19,6 +20,7 @@ from codebook_prune.adapters.loading import load_model
 from reference_vlm import CHECKPOINT
 from reference_vlm.model import build_processor, build_tokenizer
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may start us with it ignored, and children inherit that
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 

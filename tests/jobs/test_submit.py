@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,26 +123,28 @@ def test_a_job_that_cannot_work_fails_with_one_line(cluster: dict[str, str], tmp
 
 @pytest.mark.cluster
 def test_a_job_waits_for_a_node_that_joins_late(cluster: dict[str, str], tmp_path: Path) -> None:
-    """As on a cluster whose GPU group starts at zero nodes (the GPU here is a number only; the model runs on the CPU)."""
+    """As on a cluster whose worker group starts at zero nodes: no node is large enough until one joins."""
     write_shards(tmp_path)
-    workers = {"workers": 1, "gpus_per_worker": 1, "wait_for_nodes": 120}
+    workers = {"workers": 1, "cpus_per_worker": 6, "wait_for_nodes": 60}
     config = write_config(tmp_path, "late.json", cluster=workers)
     job = subprocess.Popen(
         submission(config, "--json"), env=cluster, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     time.sleep(8)
     assert job.poll() is None, "the job did not wait"
-    node_command = [
-        RAY, "start", f"--address={cluster['GCS_ADDRESS']}", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=1",
-        "--num-gpus=1", f"--dashboard-agent-listen-port={free_ports(1)[0]}", "--object-store-memory=134217728",
-    ]  # fmt: skip
-    node = subprocess.Popen(node_command, env=cluster, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        out, _ = job.communicate(timeout=240)
-        assert job.returncode == 0, out
-        assert verify(tmp_path / "book").counts["images"] == 6
-    finally:
-        ours = descendants(node.pid)
-        node.send_signal(signal.SIGTERM)
-        end([node.pid, *ours], seconds=20)
-        node.wait()
+    with tempfile.TemporaryDirectory(prefix="n", ignore_cleanup_errors=True) as own:  # short: it holds sockets
+        node_command = [
+            RAY, "start", f"--address={cluster['GCS_ADDRESS']}", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=6",
+            f"--dashboard-agent-listen-port={free_ports(1)[0]}", "--object-store-memory=134217728",
+            f"--temp-dir={own}",
+        ]  # fmt: skip
+        node = subprocess.Popen(node_command, env=cluster, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            out, _ = job.communicate(timeout=200)
+        finally:
+            ours = descendants(node.pid)
+            node.send_signal(signal.SIGTERM)
+            end([node.pid, *ours], seconds=20)
+            said, _ = node.communicate()
+    assert job.returncode == 0, out + said
+    assert verify(tmp_path / "book").counts["images"] == 6
