@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import socket
 import statistics
@@ -138,9 +139,18 @@ def build_codebook(folder: Path, images: int, workers: int) -> Path:
         return output
     with local_ray(folder, workers) as env:
         script = [sys.executable, "jobs/build_codebook.py", str(config.resolve())]
-        command = [ray_command(), "job", "submit", "--log-style=record", "--working-dir", ".", "--", *script]
-        subprocess.run(command, env=env, cwd=ROOT, check=True)
+        run_quietly([ray_command(), "job", "submit", "--log-style=record", "--working-dir", ".", "--", *script], env)
     return output
+
+
+def run_quietly(command: list[str], env: dict[str, str]) -> None:
+    """Run a Ray command and show what the job itself prints and what goes wrong, without Ray's own progress notes."""
+    with subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout or ():
+            if not re.search(r" (INFO|WARNING|SUCC) ", line):
+                console.print(line.rstrip(), markup=False, highlight=False)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
 
 
 def prefill_ms(model: Any, processor: Any, item: Item, pruners: Sequence[Any], rounds: int = 15) -> list[float]:
