@@ -1,4 +1,4 @@
-"""Drop redundant visual tokens before decoder layer 0, in unmodified transformers vision-language models.
+"""Drop redundant tokens before decoder layer 0 and between its layers, in unmodified transformers vision-language models.
 
 Importing this package loads neither torch nor transformers; its names are resolved on first use.
 """
@@ -12,15 +12,31 @@ if TYPE_CHECKING:
     from codebook_prune.adapters.loading import load_model
     from codebook_prune.codebook import Codebook
     from codebook_prune.pruners.codebook import CodebookPruner
+    from codebook_prune.pruners.context import ContextPruner
+    from codebook_prune.pruners.fastv import FastVPruner
+    from codebook_prune.pruners.pyramid import PyramidPruner
     from codebook_prune.pruners.random import RandomPruner
     from codebook_prune.pruners.uniform import UniformPruner
     from codebook_schemas.errors import UserError
 
-__all__ = ["Codebook", "CodebookPruner", "RandomPruner", "UniformPruner", "UserError", "load_model"]
+__all__ = [
+    "Codebook",
+    "CodebookPruner",
+    "ContextPruner",
+    "FastVPruner",
+    "PyramidPruner",
+    "RandomPruner",
+    "UniformPruner",
+    "UserError",
+    "load_model",
+]
 
 _HOMES = {
     "Codebook": "codebook_prune.codebook",
     "CodebookPruner": "codebook_prune.pruners.codebook",
+    "ContextPruner": "codebook_prune.pruners.context",
+    "FastVPruner": "codebook_prune.pruners.fastv",
+    "PyramidPruner": "codebook_prune.pruners.pyramid",
     "RandomPruner": "codebook_prune.pruners.random",
     "UniformPruner": "codebook_prune.pruners.uniform",
     "UserError": "codebook_schemas.errors",

@@ -11,6 +11,7 @@ from torch import Tensor
 from codebook_schemas import UserError
 
 ATTRIBUTE = "_codebook_prune_state"
+STAGES = "_codebook_prune_stages"
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,30 @@ def state_of(cache: Any) -> tuple[CacheState, int]:
     return state, cached
 
 
-def attach_state(cache: Any, state: CacheState) -> None:
-    """Tie `state` to a cache, for as long as the cache lives (copies of the cache carry it along)."""
+def stages_of(cache: Any) -> dict[int, CacheState]:
+    """What the layers of a cache hold where that differs from layer 0: a state from each of these layers on, ascending.
+
+    `shift` of these states is on top of layer 0's.
+
+    Raises:
+        UserError: the cache was cut into its pruned part.
+    """
+    stages: dict[int, CacheState] = {} if layer_length(cache) == 0 else getattr(cache, STAGES, {})
+    if any(layer_length(cache, layer) < state.width for layer, state in stages.items()):
+        raise UserError("this cache was cropped into its pruned prompt: start from a new one")
+    return stages
+
+
+def layer_length(cache: Any, layer: int = 0) -> int:
+    """Columns that one layer of a cache holds; 0 without a cache."""
+    return 0 if cache is None else int(cache.get_seq_length(layer))
+
+
+def attach_state(cache: Any, state: CacheState, stages: dict[int, CacheState]) -> None:
+    """Tie what is known to a cache, for as long as the cache lives (copies of the cache carry it along)."""
     if cache is not None:
         setattr(cache, ATTRIBUTE, state)
+        setattr(cache, STAGES, stages)
 
 
 def refuse_fixed_length(cache: Any) -> None:

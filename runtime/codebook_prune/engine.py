@@ -1,4 +1,4 @@
-"""Dropping visual tokens inside an unmodified transformers model, with forward pre-hooks.
+"""Dropping tokens inside an unmodified transformers model, with forward pre-hooks; those between layers are in `layers`.
 
 How a call runs inside a block. A pre-hook on the base model learns the token ids; a pre-hook on the decoder scores the visual
 embeddings that are about to enter layer 0 and shortens `inputs_embeds`, `position_ids` and `attention_mask`; kept tokens stay
@@ -24,9 +24,11 @@ from torch import Tensor, nn
 
 from codebook_prune.adapters.base import VLMAdapter
 from codebook_prune.adapters.loading import adapter_for
-from codebook_prune.cache_state import UNPRUNED, CacheState, attach_state, refuse_fixed_length, state_of
-from codebook_prune.pruners.base import Pruner
-from codebook_prune.selection import entering_images, keep_masks
+from codebook_prune.cache_state import UNPRUNED, CacheState, attach_state, refuse_fixed_length, stages_of, state_of
+from codebook_prune.columns import gather_columns, join, packed
+from codebook_prune.layers import Entered, LayerDrops
+from codebook_prune.pruners.base import LayerPruner, Pruner
+from codebook_prune.selection import EnteringImages, entering_images, keep_masks
 from codebook_prune.stats import PruneStats
 from codebook_schemas import UserError
 
@@ -34,12 +36,12 @@ Arguments = dict[str, Any]
 
 
 @contextmanager
-def pruned(model: Any, pruners: Sequence[Pruner], stats: PruneStats) -> Iterator[PruneStats]:
+def pruned(model: Any, pruners: Sequence[Pruner | LayerPruner], stats: PruneStats) -> Iterator[PruneStats]:
     """A block in which every call of `model` is pruned; leaving it, also by an exception, removes every trace.
 
     Args:
         model: a transformers vision-language model of a supported family.
-        pruners: applied in this order, each to what the one before kept.
+        pruners: applied in this order, each to what the one before kept; those inside the decoder layer by layer.
         stats: reset, filled, and yielded.
 
     Raises:
@@ -52,11 +54,13 @@ def pruned(model: Any, pruners: Sequence[Pruner], stats: PruneStats) -> Iterator
     if any(isinstance(getattr(hook, "__self__", None), Engine) for hook in decoder._forward_pre_hooks.values()):
         raise UserError("this model is already being pruned: leave that block first, or chain the pruners with |")
     for pruner in pruners:
-        pruner.check(adapter)
+        if isinstance(pruner, Pruner):
+            pruner.check(adapter)
+    engine = Engine(adapter, pruners, stats)
     stats.reset()
-    engine = Engine(adapter, tuple(pruners), stats)
-    handles = []
+    handles: list[Any] = []
     try:
+        engine.drops.install(handles)
         handles.append(model.register_forward_pre_hook(engine.before_model, with_kwargs=True))
         handles.append(base.register_forward_pre_hook(engine.before_base, with_kwargs=True))
         handles.append(decoder.register_forward_pre_hook(engine.before_decoder, with_kwargs=True))
@@ -70,9 +74,11 @@ def pruned(model: Any, pruners: Sequence[Pruner], stats: PruneStats) -> Iterator
 class Engine:
     """The hooks of one block, and what one call hands from one to the next."""
 
-    def __init__(self, adapter: VLMAdapter, pruners: tuple[Pruner, ...], stats: PruneStats) -> None:
-        self.adapter, self.pruners, self.stats = adapter, pruners, stats
-        self.compact = pruners[0].positions == "compact"
+    def __init__(self, adapter: VLMAdapter, pruners: Sequence[Pruner | LayerPruner], stats: PruneStats) -> None:
+        self.adapter, self.stats = adapter, stats
+        self.pruners = tuple(pruner for pruner in pruners if isinstance(pruner, Pruner))
+        self.drops = LayerDrops(adapter, [pruner for pruner in pruners if isinstance(pruner, LayerPruner)], stats)
+        self.compact = any(pruner.positions == "compact" for pruner in self.pruners)
         self._names = {module: parameter_names(module) for module in (adapter.model, adapter.model.base_model)}
         self._call: Arguments | None = None
         self._state = UNPRUNED
@@ -106,19 +112,42 @@ class Engine:
         if call is None or args:
             raise UserError("inside a pruning block call the model, not its decoder")
         state, cached = state_of(kwargs.get("past_key_values"))
-        self._state = state
-        if not brings_images(call):
-            return ((), kwargs | self._continued(kwargs, state, cached)) if state.pruned else None
-        with self.stats.timed(kwargs["inputs_embeds"].device):
-            keep = self._choose(call, kwargs["inputs_embeds"])
-            if keep is None:
-                return ((), kwargs | self._continued(kwargs, state, cached)) if state.pruned else None
-            changed, self._state = self._shortened(kwargs, keep, state, cached)
-        return (), kwargs | changed
+        stages = stages_of(kwargs.get("past_key_values"))
+        if stages and not self.drops.plan:
+            raise UserError(
+                "this cache was pruned inside the decoder: go on with it in a block with such a pruner, or a new one"
+            )
+        self._state, images, index = state, None, None
+        changed = self._continued(kwargs, state, cached) if state.pruned else {}
+        if brings_images(call):
+            with self.stats.timed(kwargs["inputs_embeds"].device):
+                images = entering_images(self.adapter, call, kwargs["inputs_embeds"])
+                keep = None if images is None else self._choose(images, kwargs["inputs_embeds"])
+                if keep is not None:
+                    changed, self._state, index = self._shortened(kwargs, keep, state, cached)
+        if self.drops.plan:
+            entered = kwargs | changed
+            valid = entered.get("attention_mask")
+            rows, columns = entered["inputs_embeds"].shape[:2]
+            positions = entered["position_ids"] if changed else self._positions(kwargs, state, cached)
+            self.drops.begin(
+                Entered(
+                    prompt=cached == 0 or images is not None,
+                    given=kwargs.get("attention_mask"),
+                    length=kwargs["inputs_embeds"].shape[1],
+                    index=index,
+                    valid=join(None, None, rows, 0, columns) if valid is None else valid[:, -columns:].bool(),
+                    positions=positions,
+                    images=images,
+                    state=state,
+                    stages=stages,
+                )
+            )
+        return ((), kwargs | changed) if changed else None
 
     def after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments, output: Any) -> None:
         """Tie what is known about the sequence to the cache that now holds it."""
-        attach_state(getattr(output, "past_key_values", None), self._state)
+        attach_state(getattr(output, "past_key_values", None), self._state, self.drops.finish())
 
     def _continued(self, kwargs: Arguments, state: CacheState, cached: int) -> Arguments:
         """Mask and positions of a call that drops nothing, on a cache that is pruned."""
@@ -128,31 +157,31 @@ class Engine:
         mask = None if past is None and new is None else join(past, new, len(embeds), cached, embeds.shape[1])
         return {"attention_mask": mask, "position_ids": self._positions(kwargs, state, cached) - state.shift}
 
-    def _shortened(self, kwargs: Arguments, keep: Tensor, state: CacheState, cached: int) -> tuple[Arguments, CacheState]:
-        """The decoder's arguments without the tokens `keep` [batch, length] leaves out, and the cache's state afterwards."""
+    def _shortened(
+        self, kwargs: Arguments, keep: Tensor, state: CacheState, cached: int
+    ) -> tuple[Arguments, CacheState, Tensor]:
+        """The decoder's arguments without the tokens `keep` [batch, length] leaves out, the cache's state afterwards, and the
+        columns [batch, new length] that enter."""
         embeds = kwargs["inputs_embeds"]
         batch, length = keep.shape
         state.check_rows(batch)
         past, new = state.split_mask(kwargs.get("attention_mask"), cached, embeds.device)
         dropped = ~keep if new is None else new & ~keep
         keep = keep if new is None else new & keep
-        lengths = keep.sum(1)
-        shortest, longest = torch.stack([lengths.min(), lengths.max()]).tolist()
-        index = torch.argsort(keep.byte(), dim=1, stable=True)[:, length - longest :]  # kept columns last, in their own order
-        valid = keep.gather(1, index)
+        index, valid, even = packed(keep)
+        longest = index.shape[1]
         positions, shift = self._positions(kwargs, state, cached), state.shift
         if self.compact:
             positions = positions - state.shift - dropped.cumsum(1)
             shift = state.shift + dropped.sum(1, keepdim=True)
         mask = join(past, valid, batch, cached, longest)  # always a mask: gaps alone could pass for packed sequences
-        full = past is None and shortest == longest
-        after = CacheState(batch, state.seen(cached) + length, cached + longest, None if full else mask, shift)
+        after = CacheState(batch, state.seen(cached) + length, cached + longest, None if past is None and even else mask, shift)
         changed = {
-            "inputs_embeds": embeds.gather(1, index.unsqueeze(-1).expand(-1, -1, embeds.shape[-1])),
+            "inputs_embeds": gather_columns(embeds, index),
             "position_ids": positions.gather(1, index).masked_fill(~valid, 0),
             "attention_mask": mask,
         }
-        return changed, after
+        return changed, after, index
 
     def _positions(self, kwargs: Arguments, state: CacheState, cached: int) -> Tensor:
         """Positions [batch, length] of the unpruned sequence: the caller's, or those the model would fill in."""
@@ -162,12 +191,9 @@ class Engine:
         positions: Tensor = given.to(embeds.device).expand(len(embeds), -1)
         return positions
 
-    def _choose(self, call: Arguments, embeds: Tensor) -> Tensor | None:
-        """Keep mask [batch, length] of a call, True for text; None when nothing is dropped. Fills the stats."""
-        images = entering_images(self.adapter, call, embeds)
-        if images is None:
-            return None
-        masks = keep_masks(self.pruners, images, len(embeds))
+    def _choose(self, images: EnteringImages, embeds: Tensor) -> Tensor | None:
+        """Keep mask [batch, length] bool of a call, None when everything stays; counts."""
+        masks = keep_masks(self.pruners, images, len(embeds)) if self.pruners else None
         after = images.lengths if masks is None else torch.stack([mask.sum() for mask in masks]).tolist()
         self.stats.count(images.lengths, after, masks, images.positions)
         if masks is None or after == images.lengths:
@@ -193,13 +219,6 @@ def brings_images(call: Arguments) -> bool:
     pixels = (call.get(name) for name in ("pixel_values", "pixel_values_videos"))
     encoded = (call.get("mm_encoder_outputs") or {}).values()
     return any(value is not None for value in (*pixels, *encoded))
-
-
-def join(past: Tensor | None, new: Tensor | None, rows: int, past_length: int, new_length: int) -> Tensor:
-    """[rows, past_length + new_length] bool; a missing half is all True."""
-    device = next((half.device for half in (past, new) if half is not None), None)
-    halves = ((past, past_length), (new, new_length))
-    return torch.cat([torch.ones(rows, n, dtype=torch.bool, device=device) if h is None else h for h, n in halves], 1)
 
 
 def _check_attention(adapter: VLMAdapter) -> None:

@@ -15,17 +15,23 @@ from torch import Tensor
 class PruneStats:
     """Counts since the block was entered; they stay readable after it.
 
-    calls: forward passes in which images entered. tokens_before, tokens_after: visual tokens of every image in the order they
-    entered, newline embeddings included. (`generate` with beams or several returned sequences runs every image several times;
-    without a cache it does so at every step: each counts.) kept, position: of the images of the latest call, the keep mask
-    [n] bool and the grid place [n, 2] (row, column) of their tokens: what an overlay needs.
+    calls: forward passes in which images entered. tokens_before, tokens_after, tokens_final: visual tokens of every image in
+    the order they entered, newline embeddings included: as the image gives them, as they enter decoder layer 0, as they leave the
+    last layer. text_before, text_final: text tokens of every prompt, where a pruner inside the decoder was at work. (`generate`
+    with beams or several returned sequences runs every image several times; without a cache it does so at every step: each
+    counts.) kept, position: of the images of the latest call, the keep mask [n] bool in the last layer and the grid place
+    [n, 2] (row, column) of their tokens: what an overlay needs.
     """
 
     calls: int = 0
     tokens_before: list[int] = field(default_factory=list)
     tokens_after: list[int] = field(default_factory=list)
+    tokens_final: list[int] = field(default_factory=list)
+    text_before: list[int] = field(default_factory=list)
+    text_final: list[int] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list, repr=False)
     position: list[Tensor] = field(default_factory=list, repr=False)
+    _averages: list[float] = field(default_factory=list, repr=False)
     _seconds: float = field(default=0.0, repr=False)
     _spans: list[tuple[torch.Event, torch.Event]] = field(default_factory=list, repr=False)
 
@@ -34,8 +40,21 @@ class PruneStats:
         self.calls += 1
         self.tokens_before += before
         self.tokens_after += after
+        self.tokens_final += after
+        self._averages += map(float, after)
         self.kept = [torch.ones(n, dtype=torch.bool) for n in before] if masks is None else masks
         self.position = positions
+
+    def deepen(self, final: list[int], averages: list[float], masks: list[Tensor]) -> None:
+        """Correct the images just counted: tokens and keep masks of the last layer, averages over layers."""
+        self.tokens_final[-len(final) :] = final
+        self._averages[-len(averages) :] = averages
+        self.kept = masks
+
+    def count_text(self, before: list[int], after: list[int]) -> None:
+        """Add the text tokens of a call's prompts: those that enter, those left in the last layer."""
+        self.text_before += before
+        self.text_final += after
 
     def reset(self) -> None:
         """Forget everything."""
@@ -43,11 +62,8 @@ class PruneStats:
 
     @property
     def layer_averaged_tokens(self) -> float:
-        """Visual tokens of an image averaged over decoder layers and images: what FLOPs follow (0.0 before any image).
-
-        Tokens dropped before layer 0 are in no layer, so every layer sees the same number.
-        """
-        return sum(self.tokens_after) / len(self.tokens_after) if self.tokens_after else 0.0
+        """Visual tokens of an image averaged over decoder layers and images: what FLOPs follow (0.0 before any image)."""
+        return sum(self._averages) / len(self._averages) if self._averages else 0.0
 
     @property
     def seconds(self) -> float:

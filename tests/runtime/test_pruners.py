@@ -12,10 +12,19 @@ from codebook_folder import write_codebook
 from conftest import tiny_llava
 from oracle import ProjectionPruner, inputs_of, prompt
 
-from codebook_prune import Codebook, CodebookPruner, RandomPruner, UniformPruner, UserError
+from codebook_prune import (
+    Codebook,
+    CodebookPruner,
+    ContextPruner,
+    FastVPruner,
+    PyramidPruner,
+    RandomPruner,
+    UniformPruner,
+    UserError,
+)
 from codebook_prune.adapters.base import VisualTokens
 from codebook_prune.pruners import pruners
-from codebook_prune.pruners.base import Pruner
+from codebook_prune.pruners.base import LayerPruner, Pruner
 
 MODEL = tiny_llava()
 
@@ -34,7 +43,8 @@ def codebook_of(folder: Path, model: Any = MODEL, **changes: Any) -> Codebook:
 def test_every_method_is_found_by_its_file() -> None:
     found = pruners()
     assert {"codebook": CodebookPruner, "random": RandomPruner, "uniform": UniformPruner}.items() <= found.items()
-    assert all(issubclass(cls, Pruner) and dataclasses.is_dataclass(cls) for cls in found.values())
+    assert {"fastv": FastVPruner, "pyramid": PyramidPruner, "context": ContextPruner}.items() <= found.items()
+    assert all(issubclass(cls, Pruner | LayerPruner) and dataclasses.is_dataclass(cls) for cls in found.values())
 
 
 def test_codebook_score_is_the_largest_cosine(tmp_path: Path) -> None:

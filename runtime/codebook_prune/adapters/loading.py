@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import codebook_prune.adapters as package
 from codebook_prune.adapters.base import VLMAdapter
@@ -61,3 +64,36 @@ def load_model(name: str, *, revision: str | None = None, dtype: str = "auto", d
         raise UserError(f"cannot load model {name}: {reason}") from None
     adapter_for(model)
     return model.to(device).eval(), processor
+
+
+def causal_mask(config: Any, hidden: Tensor, mask: Tensor | None, cache: Any, layer: int) -> Any:
+    """The attention mask that the decoder's own attention expects at one layer, sized by that layer's cache.
+
+    Args:
+        config: the decoder's.
+        hidden: [batch, length, d] input of the layer.
+        mask: [batch, cached + length] bool, None: every column is real.
+        cache: the key-value cache or None.
+        layer: number of the layer.
+    """
+    from transformers.masking_utils import create_causal_mask
+
+    return create_causal_mask(
+        config=config, inputs_embeds=hidden, attention_mask=mask, past_key_values=cache, position_ids=None, layer_idx=layer
+    )
+
+
+def register_attention(name: str, function: Callable[..., Any]) -> None:
+    """Make an attention function known to transformers; no model uses it unless its config asks for that name."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(name, function)
+
+
+def attention_function(config: Any, module: nn.Module) -> Callable[..., Any]:
+    """The attention function that `config` asks for; `module` is the attention layer, whose file holds the eager one."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
+    return function

@@ -7,14 +7,16 @@ import pkgutil
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from codebook_prune.pruners.base import Pruner
+    from codebook_prune.pruners.base import LayerPruner, Pruner
 
 
-def pruners() -> dict[str, type[Pruner]]:
+def pruners() -> dict[str, type[Pruner] | type[LayerPruner]]:
     """Every pruning method by the name of its file: `codebook`, `random`, `uniform`, ..."""
-    from codebook_prune.pruners.base import Pruner
+    from codebook_prune.pruners.base import LayerPruner, Pruner
 
     for module in pkgutil.iter_modules(__path__, __name__ + "."):
         importlib.import_module(module.name)
-    found = {cls.__module__: cls for cls in Pruner.__subclasses__()}
+    found: dict[str, type[Pruner] | type[LayerPruner]] = {
+        cls.__module__: cls for base in (Pruner, LayerPruner) for cls in base.__subclasses__()
+    }
     return {name.removeprefix(__name__ + "."): cls for name, cls in sorted(found.items()) if name.startswith(__name__ + ".")}

@@ -1,8 +1,9 @@
-"""What every pruning method is: a score and a budget."""
+"""What every pruning method is: before layer 0 a score and a budget, inside the decoder layers and what stays there."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from codebook_prune.adapters.base import VisualTokens, VLMAdapter
 from codebook_prune.budget import Budget
+from codebook_prune.layer_view import LayerView
 from codebook_prune.stats import PruneStats
 from codebook_schemas import UserError
 
 Positions = Literal["compact", "original"]
+Attention = Literal["previous", "next"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +41,7 @@ class Pruner(ABC):
 
     def __post_init__(self) -> None:
         _ = self.budget
-        if self.positions not in get_args(Positions):
-            raise UserError(f"positions must be 'compact' or 'original', not {self.positions!r}")
+        _check_positions(self.positions)
 
     @property
     def budget(self) -> Budget:
@@ -84,7 +86,53 @@ class Pruner(ABC):
 
         return pruned(model, (self,), self.stats)
 
-    def __or__(self, other: Pruner | PrunerChain) -> PrunerChain:
+    def __or__(self, other: Pruner | LayerPruner | PrunerChain) -> PrunerChain:
+        """This pruner, then `other` on what it kept."""
+        return PrunerChain((self,)) | other
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPruner(ABC):
+    """A pruning method that drops tokens in front of decoder layers, ranked by attention. A new one is one file.
+
+    `with pruner(model): ...` prunes the prompt of every call inside the block: a call on an empty cache, or one that brings
+    images. What it generates is never dropped, and what was kept is kept for good. (Without a cache there is nothing to keep it
+    in: every step is a prompt of its own.) The last token of a prompt always stays. `positions`: "compact" closes the gaps that
+    this pruner's drops leave, in the layers behind them; "original" leaves every token its own number.
+
+    Raises:
+        UserError: an unknown position policy, or fields out of range.
+    """
+
+    positions: Positions = "original"
+    stats: PruneStats = field(default_factory=PruneStats, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _check_positions(self.positions)
+
+    @abstractmethod
+    def plan(self, layers: int) -> Mapping[int, Attention]:
+        """Where it acts in a decoder of `layers` layers, and on which attention.
+
+        Returns:
+            In front of which layers (1 to layers - 1) it drops tokens, and whether it ranks them by what the previous layer
+            attended to or by what the next one would attend to if nothing were dropped (which takes a dry run).
+
+        Raises:
+            UserError: the decoder has too few layers.
+        """
+
+    @abstractmethod
+    def keep(self, view: LayerView) -> Tensor:
+        """Keep mask [batch, length] bool over the columns of `view`; all that is neither visual nor text must stay."""
+
+    def __call__(self, model: Any) -> AbstractContextManager[PruneStats]:
+        """See `Pruner.__call__`."""
+        from codebook_prune.engine import pruned
+
+        return pruned(model, (self,), self.stats)
+
+    def __or__(self, other: Pruner | LayerPruner | PrunerChain) -> PrunerChain:
         """This pruner, then `other` on what it kept."""
         return PrunerChain((self,)) | other
 
@@ -93,20 +141,27 @@ class Pruner(ABC):
 class PrunerChain:
     """Pruners applied one after the other, in one block. The chain's `stats` count; its members' stay untouched.
 
-    Budgets apply to what the member is given: keep_ratio=0.5 after keep_ratio=0.5 keeps a quarter.
+    Budgets apply to what the member is given: keep_ratio=0.5 after keep_ratio=0.5 keeps a quarter. Members that drop before
+    layer 0 come first; those inside the decoder act layer by layer, at the same layer in the chain's order. Members inside the
+    decoder may number positions each in their own way.
 
     Raises:
-        UserError: the members disagree about `positions`.
+        UserError: members before layer 0 disagree about `positions` or stand behind one inside the decoder.
     """
 
-    pruners: tuple[Pruner, ...]
+    pruners: tuple[Pruner | LayerPruner, ...]
     stats: PruneStats = field(default_factory=PruneStats, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if len({pruner.positions for pruner in self.pruners}) > 1:
+        inside = [isinstance(pruner, LayerPruner) for pruner in self.pruners]
+        if inside != sorted(inside):
+            raise UserError(
+                "a pruner that acts before layer 0 must stand in front of those inside the decoder: reorder the chain"
+            )
+        if len({pruner.positions for pruner in self.pruners if isinstance(pruner, Pruner)}) > 1:
             raise UserError("the pruners of a chain must agree on positions: give all of them the same")
 
-    def __or__(self, other: Pruner | PrunerChain) -> PrunerChain:
+    def __or__(self, other: Pruner | LayerPruner | PrunerChain) -> PrunerChain:
         """This chain, then `other`."""
         return PrunerChain(self.pruners + (other.pruners if isinstance(other, PrunerChain) else (other,)))
 
@@ -115,3 +170,8 @@ class PrunerChain:
         from codebook_prune.engine import pruned
 
         return pruned(model, self.pruners, self.stats)
+
+
+def _check_positions(positions: object) -> None:
+    if positions not in get_args(Positions):
+        raise UserError(f"positions must be 'compact' or 'original', not {positions!r}")

@@ -1,0 +1,224 @@
+"""Dropping tokens between decoder layers: pre-hooks on the layers that rank, gather, and replay new masks and positions.
+
+The decoder's loop hands the same mask and the same rotary embedding to every layer. From the first drop on, each layer is given
+its own instead, sized by its own cache, at the prompt and at every later step. Each layer's cache keeps its own length; what
+it stands for is a `CacheState` per stage, tied to the cache beside that of layer 0. Columns are counted as they enter layer 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from codebook_prune.adapters.base import VLMAdapter
+from codebook_prune.adapters.loading import causal_mask
+from codebook_prune.attention import Tap
+from codebook_prune.cache_state import CacheState, layer_length
+from codebook_prune.columns import gather_columns, join, packed
+from codebook_prune.layer_view import LayerView, last_column
+from codebook_prune.pruners.base import LayerPruner
+from codebook_prune.selection import EnteringImages
+from codebook_prune.stats import PruneStats
+
+Arguments = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Entered:
+    """One call as it enters layer 0, after any drop in front of it.
+
+    prompt: whether this call may drop. given: the caller's mask [batch, seen + length], of the unpruned sequence. length: the
+    call's columns before any drop. index: [batch, columns] long, which of these enter (None: all). valid: [batch, columns]
+    bool. positions: [batch, columns] long. images: those of the call. state, stages: of the cache before the call.
+    """
+
+    prompt: bool
+    given: Tensor | None
+    length: int
+    index: Tensor | None
+    valid: Tensor
+    positions: Tensor
+    images: EnteringImages | None
+    state: CacheState
+    stages: dict[int, CacheState]
+
+
+class LayerDrops:
+    """The hooks on decoder layers of one block, and what one call hands from layer to layer."""
+
+    def __init__(self, adapter: VLMAdapter, pruners: Sequence[LayerPruner], stats: PruneStats) -> None:
+        self.decoder, self.stats = adapter.decoder, stats
+        self.layers: Sequence[nn.Module] = list(self.decoder.layers)  # type: ignore[arg-type]
+        self.plan: dict[int, list[tuple[LayerPruner, Tap]]] = {}
+        self.taps: dict[int, Tap] = {}
+        self._previous: set[int] = set()
+        for pruner in pruners:
+            for layer, attention in pruner.plan(len(self.layers)).items():
+                read = layer - 1 if attention == "previous" else layer
+                self.taps.setdefault(read, Tap(self.layers[read], read))
+                self.plan.setdefault(layer, []).append((pruner, self.taps[read]))
+                self._previous |= {read} if attention == "previous" else set()
+        self._call: Entered | None = None
+
+    def install(self, handles: list[Any]) -> None:
+        """Put hooks and taps in place, what removes them into `handles`."""
+        for tap in self.taps.values():
+            handles.append(tap)
+            tap.install()
+        for number, layer in enumerate(self.layers if self.plan else ()):
+            handles.append(layer.register_forward_pre_hook(partial(self.before_layer, number), with_kwargs=True))
+
+    def begin(self, call: Entered) -> None:
+        """Take over a call that is about to enter layer 0."""
+        self._call = call
+        self._now: Arguments | None = None  # what the layers of this stage are given instead of the decoder's arguments
+        self._valid, self._even = call.valid, False  # of the columns alive; whether all are known to be valid
+        self._column: Tensor | None = None  # [batch, alive] which entering column each is; None: all, in place
+        self._closed: Tensor | None = None  # [batch, columns] gaps closed in front of each by compact drops
+        self._stages, self._kept = dict(call.stages), list[tuple[int, Tensor]]()
+        self._visual, self._image = _candidates(call)
+        for number, tap in self.taps.items():
+            tap.clear()
+            tap.on = call.prompt and number in self._previous
+
+    def finish(self) -> dict[int, CacheState]:
+        """End the call: count, forget it, and tell what the cache's layers now hold."""
+        call, self._call = self._call, None
+        for tap in self.taps.values():
+            tap.clear()
+        if call is None:
+            return {}
+        if call.prompt and self.plan:
+            self._count(call)
+        self._now = self._column = self._closed = None
+        self._kept = []
+        return dict(sorted(self._stages.items()))
+
+    def before_layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Any:
+        """Drop in front of a layer where the plan says so; give it the arguments of its stage."""
+        call = self._call
+        if call is None:
+            return None
+        hidden = args[0]
+        planned = self.plan.get(number, []) if call.prompt else []
+        if planned:
+            with self.stats.timed(hidden.device):
+                hidden = self._drop(call, number, planned, hidden, kwargs | (self._now or {}))
+        if number in call.stages or (planned and self._column is not None):
+            self._now = self._stage(call, number, hidden, kwargs)
+        return None if self._now is None else ((hidden, *args[1:]), kwargs | self._now)
+
+    def _drop(
+        self, call: Entered, number: int, planned: list[tuple[LayerPruner, Tap]], hidden: Tensor, kwargs: Arguments
+    ) -> Tensor:
+        """What is left of the layer's input [batch, alive, d] after its pruners."""
+        visual, image = (x if self._column is None else x.gather(1, self._column) for x in (self._visual, self._image))
+        text, entered = self._valid & (image < 0), self._visual.sum(1)
+        gone = torch.zeros_like(self._valid)
+        closing = [torch.zeros_like(gone)]
+        for pruner, tap in planned:
+            if tap.number == number:
+                tap.dry_run(hidden, kwargs)
+            seen = self._seen(call, tap)
+            view = LayerView(number, len(self.layers), self._valid, visual & self._valid, text, entered, seen, tap).without(
+                gone
+            )
+            more = self._valid & ~gone & ~pruner.keep(view) & ~last_column(self._valid)
+            gone = gone | more
+            closing += [more] if pruner.positions == "compact" else []
+        if not bool(gone.any()):
+            return hidden
+        if len(closing) > 1:
+            self._close(torch.stack(closing).any(0))
+        index, self._valid, self._even = packed(self._valid & ~gone)
+        self._column = index if self._column is None else self._column.gather(1, index)
+        kept = torch.zeros_like(call.valid).scatter_(1, self._column, self._valid)
+        self._kept.append((number, kept))
+        return gather_columns(hidden, index)
+
+    def _seen(self, call: Entered, tap: Tap) -> Tensor:
+        """[batch, cached + alive] bool: which of the keys that `tap` read are real."""
+        rows, alive = self._valid.shape
+        cached = 0 if tap.key is None else tap.key.shape[2] - alive
+        past, _ = self._before(call, tap.number).split_mask(call.given, cached, self._valid.device)
+        return join(past, self._valid, rows, cached, alive)
+
+    def _close(self, gone: Tensor) -> None:
+        """Note that the positions behind the alive columns `gone` move up."""
+        if self._column is not None:
+            gone = torch.zeros_like(self._visual).scatter_(1, self._column, gone)
+        closed = gone.cumsum(1)
+        self._closed = closed if self._closed is None else self._closed + closed
+
+    def _before(self, call: Entered, number: int) -> CacheState:
+        """What a layer's cache stands for as the call begins."""
+        last = max((layer for layer in call.stages if layer <= number), default=None)
+        return replace(call.state, shift=0) if last is None else call.stages[last]
+
+    def _stage(self, call: Entered, number: int, hidden: Tensor, kwargs: Arguments) -> Arguments:
+        """Mask and positions of a layer and those behind it; notes what their caches will hold."""
+        state, cached = self._before(call, number), layer_length(kwargs.get("past_key_values"), number)
+        rows, length = hidden.shape[:2]
+        state.check_rows(rows)
+        past, _ = state.split_mask(call.given, cached, hidden.device)
+        full = past is None and (self._even or (not call.prompt and call.given is None))
+        mask = None if full else join(past, self._valid, rows, cached, length)
+        if self._column is not None or call.index is not None:
+            shift = state.shift if self._closed is None else state.shift + self._closed[:, -1:]
+            self._stages[number] = CacheState(rows, state.seen(cached) + call.length, cached + length, mask, shift)
+        return {
+            "attention_mask": causal_mask(self.decoder.config, hidden, mask, kwargs.get("past_key_values"), number),
+            "position_embeddings": self._rotary(call, state, hidden, kwargs["position_embeddings"]),
+            "position_ids": None,
+        }
+
+    def _rotary(self, call: Entered, state: CacheState, hidden: Tensor, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """(cos, sin) of the alive columns: the decoder's own, or those of the renumbered positions."""
+        if self._closed is None and not isinstance(state.shift, Tensor):
+            if self._column is None:
+                return given
+            return tuple(gather_columns(x.expand(len(hidden), -1, -1), self._column) for x in given)
+        positions = call.positions - state.shift
+        if self._closed is not None:
+            positions = positions - self._closed
+        if self._column is not None:
+            positions = positions.gather(1, self._column)
+        positions = positions.masked_fill(~self._valid, 0)
+        rotary: tuple[Tensor, ...] = self.decoder.rotary_emb(hidden, position_ids=positions)  # type: ignore[operator]
+        return rotary
+
+    def _count(self, call: Entered) -> None:
+        """Add to the statistics what was dropped inside the decoder in this call."""
+        text = call.valid & (self._image < 0)
+        steps = [(0, call.valid), *self._kept]
+        self.stats.count_text(*torch.stack([text.sum(1), (text & steps[-1][1]).sum(1)]).tolist())
+        if call.images is None:
+            return
+        images = torch.arange(len(call.images.lengths), device=text.device)
+        counts = torch.stack([(self._image[keep].unsqueeze(1) == images).sum(0) for _, keep in steps])
+        spans = [b - a for (a, _), (b, _) in zip(steps, [*steps[1:], (len(self.layers), None)], strict=True)]
+        averages = (counts * counts.new_tensor(spans).unsqueeze(1)).sum(0) / len(self.layers)
+        final = torch.zeros(len(text), call.length, dtype=torch.bool, device=text.device)
+        place = torch.arange(call.length, device=text.device).expand(len(text), -1) if call.index is None else call.index
+        final.scatter_(1, place, steps[-1][1])
+        kept = list(torch.split(final.view(-1)[call.images.column], call.images.lengths))
+        self.stats.deepen(counts[-1].tolist(), averages.tolist(), kept)
+
+
+def _candidates(call: Entered) -> tuple[Tensor, Tensor]:
+    """Of the entering columns [batch, columns]: which may be dropped as visual tokens; the image of each, -1 for text."""
+    visual = torch.zeros(len(call.valid), call.length, dtype=torch.bool, device=call.valid.device)
+    image = torch.full(visual.shape, -1, device=visual.device)
+    if call.images is not None:
+        lengths = torch.tensor(call.images.lengths, device=visual.device)
+        image.view(-1)[call.images.column] = torch.arange(len(lengths), device=visual.device).repeat_interleave(lengths)
+        scored = torch.cat(call.images.positions)[:, 0] >= 0
+        visual.view(-1)[call.images.column] = scored.to(visual.device)
+    if call.index is not None:
+        visual, image = visual.gather(1, call.index), image.gather(1, call.index)
+    return visual & call.valid, image
