@@ -117,6 +117,8 @@ class Engine:
             raise UserError(
                 "this cache was pruned inside the decoder: go on with it in a block with such a pruner, or a new one"
             )
+        for held in stages.values():
+            held.check_rows(len(kwargs["inputs_embeds"]))
         self._state, images, index = state, None, None
         changed = self._continued(kwargs, state, cached) if state.pruned else {}
         if brings_images(call):

@@ -105,12 +105,13 @@ class LayerDrops:
         if call is None:
             return None
         hidden = args[0]
-        planned = self.plan.get(number, []) if call.prompt else []
-        if planned:
-            with self.stats.timed(hidden.device):
-                hidden = self._drop(call, number, planned, hidden, kwargs | (self._now or {}))
-        if number in call.stages or (planned and self._column is not None):
+        if number in call.stages:
             self._now = self._stage(call, number, hidden, kwargs)
+        if call.prompt and number in self.plan:
+            with self.stats.timed(hidden.device):
+                hidden = self._drop(call, number, self.plan[number], hidden, kwargs | (self._now or {}))
+                if self._column is not None:
+                    self._now = self._stage(call, number, hidden, kwargs)
         return None if self._now is None else ((hidden, *args[1:]), kwargs | self._now)
 
     def _drop(

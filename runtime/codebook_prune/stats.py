@@ -16,11 +16,11 @@ class PruneStats:
     """Counts since the block was entered; they stay readable after it.
 
     calls: forward passes in which images entered. tokens_before, tokens_after, tokens_final: visual tokens of every image in
-    the order they entered, newline embeddings included: as the image gives them, as they enter decoder layer 0, as they leave the
-    last layer. text_before, text_final: text tokens of every prompt, where a pruner inside the decoder was at work. (`generate`
-    with beams or several returned sequences runs every image several times; without a cache it does so at every step: each
-    counts.) kept, position: of the images of the latest call, the keep mask [n] bool in the last layer and the grid place
-    [n, 2] (row, column) of their tokens: what an overlay needs.
+    the order they entered, newline embeddings included: as the image gives them, as they enter decoder layer 0, as they
+    leave the last layer. text_before, text_final: text tokens of every prompt, where a pruner inside the decoder was at
+    work. (`generate` with beams or several returned sequences runs every image several times; without a cache it does so at
+    every step: each counts.) kept, position: of the images of the latest call, the keep mask [n] bool in the last layer and
+    the grid place [n, 2] (row, column) of their tokens: what an overlay needs.
     """
 
     calls: int = 0

@@ -11,31 +11,40 @@ import torch
 from oracle import Prompt, inputs_of
 from torch import Tensor
 
+Attention = tuple[list[int], list[list[list[float]]]]  # columns, [head][query][key]
+
 
 @dataclass
 class Row:
-    """One prompt and the tokens generated behind it: vectors, which of them are visual, positions, length of the prompt."""
+    """Prompts and the tokens generated behind them: vectors, which of them are visual, positions, [start, end) of prompts."""
 
     vectors: list[Tensor]
     visual: list[bool]
     numbers: list[int]
-    prompt: int
+    prompts: list[tuple[int, int]]
 
     def with_token(self, vector: Tensor) -> Row:
-        return Row([*self.vectors, vector], [*self.visual, False], [*self.numbers, self.numbers[-1] + 1], self.prompt)
+        return Row([*self.vectors, vector], [*self.visual, False], [*self.numbers, self.numbers[-1] + 1], self.prompts)
+
+    def with_prompt(self, more: Row) -> Row:
+        """A further turn, with drops of its own."""
+        start, number = len(self.vectors), self.numbers[-1] + 1
+        numbers = [*self.numbers, *(number + i for i in more.numbers)]
+        prompts = [*self.prompts, (start, start + len(more.vectors))]
+        return Row([*self.vectors, *more.vectors], [*self.visual, *more.visual], numbers, prompts)
 
 
 @dataclass
 class Moment:
-    """What a rule may look at in front of a layer: its columns, those no earlier rule dropped there, attention between them."""
+    """What a rule may look at in front of a layer: columns of the latest prompt that no earlier rule dropped there, the last
+    column of the prompt and how many visual tokens entered in it; attention, columns of which it speaks first."""
 
-    columns: list[int]
     alive: list[int]
     visual: list[bool]
-    prompt: int
+    last: int
     entered: int
-    previous: list[list[list[float]]]  # [head][query][key], of the layer that just ran
-    following: list[list[list[float]]]  # the same, of the layer that would run now
+    previous: Attention  # of the layer that just ran
+    following: Attention  # of the layer that would run now
 
 
 @dataclass
@@ -49,9 +58,9 @@ class Rule:
 
 @dataclass
 class Frozen:
-    """What each rule dropped at the prompt: (rule, layer) -> columns."""
+    """What each rule dropped at each prompt: (rule, layer, prompt) -> columns."""
 
-    choices: dict[tuple[int, int], set[int]] = field(default_factory=dict)
+    choices: dict[tuple[int, int, int], set[int]] = field(default_factory=dict)
 
 
 def row_of(model: Any, p: Prompt, gone: set[int] | None = None, positions: str = "compact") -> Row:
@@ -67,7 +76,7 @@ def row_of(model: Any, p: Prompt, gone: set[int] | None = None, positions: str =
     out = {places[i] for i in gone or ()}
     left = [i for i in range(len(vectors)) if i not in out]
     numbers = left if positions == "original" else list(range(len(left)))
-    return Row([vectors[i] for i in left], [visual[i] for i in left], numbers, len(left))
+    return Row([vectors[i] for i in left], [visual[i] for i in left], numbers, [(0, len(left))])
 
 
 def norm(x: Tensor, module: Any) -> Tensor:
@@ -99,58 +108,74 @@ def attend(layer: Any, hidden: Tensor, numbers: list[int]) -> tuple[Tensor, Tens
     return attention.o_proj(torch.cat(outputs, -1)), torch.stack(rows)
 
 
+def shift(numbers: dict[int, int], closed: set[int]) -> dict[int, int]:
+    """Positions after the gaps of these columns closed."""
+    return {i: number - sum(j < i for j in closed) for i, number in numbers.items()}
+
+
 @torch.no_grad()
 def run(model: Any, row: Row, rules: list[Rule], frozen: Frozen) -> tuple[Tensor, list[list[int]]]:
     """(logits of the columns that reach the end, columns alive in each layer); choices are made once and kept in `frozen`."""
     alive = list(range(len(row.vectors)))
     numbers = dict(enumerate(row.numbers))
-    hidden, probabilities, depths = torch.stack(row.vectors), torch.zeros(0), []
-    decoder = model.get_decoder()
+    hidden, depths, decoder = torch.stack(row.vectors), [], model.get_decoder()
+    before: Attention = ([], [])
     for depth, layer in enumerate(decoder.layers):
-        given = list(alive)
-        gone_here: set[int] = set()
-        for number, rule in enumerate(rules):
-            if depth not in rule.layers:
-                continue
-            if (number, depth) not in frozen.choices:
-                following = attend(layer, hidden, [numbers[i] for i in given])[1]
-                left = [i for i in given if i not in gone_here]
-                rows = probabilities.tolist(), following.tolist()
-                moment = Moment(given, left, row.visual, row.prompt, sum(row.visual), *rows)
-                frozen.choices[number, depth] = rule.gone(depth, moment)
-            gone_here |= frozen.choices[number, depth]
-        for number, rule in enumerate(rules):
-            if depth in rule.layers and rule.compact:
-                gone = frozen.choices[number, depth]
-                numbers = {i: numbers[i] - sum(j < i for j in gone) for i in numbers}
-        alive = [i for i in given if i not in gone_here]
-        hidden = hidden[[given.index(i) for i in alive]]
+        here = [number for number, rule in enumerate(rules) if depth in rule.layers]
+        latest, (start, end) = len(row.prompts) - 1, row.prompts[-1]
+        earlier = {number: [frozen.choices[number, depth, turn] for turn in range(latest)] for number in here}
+        gone = {number: set[int]().union(*sets) for number, sets in earlier.items()}
+        dropped = set[int]().union(*gone.values())
+        given = [i for i in alive if i not in dropped]
+        closed = set[int]().union(*(gone[number] for number in here if rules[number].compact))
+        following = attend(layer, hidden[[alive.index(i) for i in given]], [shift(numbers, closed)[i] for i in given])[1]
+        for number in here:
+            if (number, depth, latest) not in frozen.choices:
+                left = [i for i in given if start <= i < end and i not in dropped]
+                moment = Moment(left, row.visual, end - 1, sum(row.visual[start:end]), before, (given, following.tolist()))
+                frozen.choices[number, depth, latest] = rules[number].gone(depth, moment)
+            dropped |= frozen.choices[number, depth, latest]
+            if rules[number].compact:
+                closed |= frozen.choices[number, depth, latest]
+        numbers = shift(numbers, closed)
+        left = [i for i in alive if i not in dropped]
+        hidden, alive = hidden[[alive.index(i) for i in left]], left
         output, probabilities = attend(layer, hidden, [numbers[i] for i in alive])
         hidden = hidden + output
         x = norm(hidden, layer.post_attention_layernorm)
         hidden = hidden + layer.mlp.down_proj(torch.nn.functional.silu(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x))
+        before = (alive, probabilities.tolist())
         depths.append(alive)
     return model.lm_head(norm(hidden, decoder.norm)), depths
 
 
 @torch.no_grad()
-def greedy(model: Any, row: Row, rules: list[Rule], steps: int) -> tuple[list[int], list[Tensor], list[list[int]]]:
+def greedy(
+    model: Any, row: Row, rules: list[Rule], steps: int, frozen: Frozen | None = None
+) -> tuple[list[int], list[Tensor], list[list[int]]]:
     """Greedy tokens, the logits of each, and the columns alive in each layer at the prompt."""
-    frozen, tokens, logits, kept = Frozen(), [], [], []
+    frozen, tokens, logits, kept = Frozen() if frozen is None else frozen, [], [], []
     for _ in range(steps):
         every, depths = run(model, row, rules, frozen)
         kept = kept or depths
         logits.append(every[-1])
         tokens.append(int(logits[-1].argmax()))
-        vector = model.get_input_embeddings()(torch.tensor(tokens[-1]))
-        row = row.with_token(vector)
+        row = said(model, row, tokens[-1:])
     return tokens, logits, kept
 
 
-def ranked(moment: Moment, rows: list[list[list[float]]], candidates: list[int], pool: str) -> list[int]:
+@torch.no_grad()
+def said(model: Any, row: Row, tokens: list[int]) -> Row:
+    """The row with text behind it that is not a prompt."""
+    for token in tokens:
+        row = row.with_token(model.get_input_embeddings()(torch.tensor(token)))
+    return row
+
+
+def ranked(moment: Moment, attention: Attention, candidates: list[int], pool: str) -> list[int]:
     """Candidates from the most to the least attended by the last prompt token; mean or max over heads; the earlier first."""
-    columns = moment.columns
-    last = columns.index(moment.prompt - 1)
+    columns, rows = attention
+    last = columns.index(moment.last)
     score = {}
     for i in candidates:
         values = [head[last][columns.index(i)] for head in rows]
@@ -160,12 +185,12 @@ def ranked(moment: Moment, rows: list[list[list[float]]], candidates: list[int],
 
 def seen_by_all(moment: Moment, candidates: list[int]) -> list[int]:
     """Candidates from the most to the least attended by all who see them, the largest over heads each time."""
-    columns = moment.columns
+    columns, rows = moment.previous
     score = {}
     for i in candidates:
         column = columns.index(i)
         queries = range(column, len(columns))
-        score[i] = sum(max(head[q][column] for head in moment.previous) for q in queries) / len(queries)
+        score[i] = sum(max(head[q][column] for head in rows) for q in queries) / len(queries)
     return sorted(candidates, key=lambda i: (-score[i], i))
 
 
@@ -192,9 +217,8 @@ def pyramid(layers: tuple[int, ...], ratio: float, rank: str, rounding: str, com
 
 def context(layers: int, p: float, query: str, protect: int) -> Rule:
     def gone(depth: int, moment: Moment) -> set[int]:
-        prompt = [i for i in moment.alive if i < moment.prompt]
-        text = [i for i in prompt if not moment.visual[i]]
-        free = [i for i in text if i != prompt[0] and i not in prompt[-protect:]]
+        text = [i for i in moment.alive if not moment.visual[i]]
+        free = [i for i in text if i != moment.alive[0] and i not in moment.alive[-protect:]]
         order = ranked(moment, moment.previous, free, "max") if query == "last" else seen_by_all(moment, free)
         return set(order[max(0, len(free) - math.floor(p * len(text))) :])
 
