@@ -6,6 +6,8 @@ in raster order and ragged rows are padded on the left. A hook behind the decode
 later calls on it (decode steps, beams, a second turn) may speak of the unpruned sequence, as `generate` does, while the cache
 holds the pruned one.
 
+Pruners inside the decoder act in `layers`; a cache pruned by them goes on only in a block with such a pruner.
+
 What a caller sees. Masks and positions are always given as without pruning. The logits (and hidden states) of a call in which
 images enter have the pruned length, the last token last; therefore `labels` are refused. The rows of a cache may be reordered
 among copies of one prompt (beams), not among prompts. A call in which nothing is dropped is left untouched, bit for bit.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, field
 from typing import Any
 
 import layer_oracle as by_hand
 import pytest
 import torch
-from conftest import tiny_llava
+from conftest import noise_image, tiny_llava
 from oracle import Prompt, inputs_of, prompt
 from test_engine_rules import same, trace
 from test_layers import DEPTH, HALF, METHODS, MODELS, STEPS, close, each_method, each_model, generate
@@ -164,6 +165,54 @@ def test_embeddings_outside_the_grid_stay() -> None:
             model(input_ids=torch.tensor([ids]), pixel_values=ONE["pixel_values"])
         assert (stats.tokens_before, stats.tokens_final) == ([17], [4])
         assert bool(stats.kept[0][0])
+
+
+@torch.no_grad()
+def test_the_last_token_of_a_prompt_stays_even_if_it_is_visual() -> None:
+    ends = Prompt("USER: describe the image . <image>", (noise_image(1),))
+    inputs = inputs_of([ends])
+    for pruner in (FastVPruner(keep_tokens=1), PyramidPruner(ratios=(0.01,)), ContextPruner(p=0.9, layers=2)):
+        with pruner(MODEL) as stats:
+            logits = MODEL(**inputs).logits
+        assert bool(stats.kept[0][-1])
+        assert stats.tokens_final[0] in (1, 2, 16)
+        assert logits.shape[1] == stats.tokens_final[0] + stats.text_final[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watcher(LayerPruner):
+    """Drops every other visual token; remembers which keys it was told are real."""
+
+    seen: list[Tensor] = field(default_factory=list)
+
+    def plan(self, layers: int) -> Any:
+        return {2: "previous", 4: "next"}
+
+    def keep(self, view: LayerView) -> Tensor:
+        self.seen.append(view.seen)
+        return ~view.visual | (view.visual.cumsum(1) % 2 == 0)
+
+
+def packed_to_the_right(inputs: dict[str, Tensor], gone: int) -> Tensor:
+    """Mask of rows that lost `gone` tokens of every image."""
+    images = (inputs["input_ids"] == MODEL.config.image_token_id).sum(1) // 16
+    lengths = (inputs["attention_mask"].sum(1) - gone * images).tolist()
+    return torch.tensor([[place >= max(lengths) - length for place in range(max(lengths))] for length in lengths])
+
+
+@torch.no_grad()
+def test_a_ranking_knows_which_keys_of_an_earlier_turn_are_real() -> None:
+    first, later = inputs_of([prompt(1, 1), prompt(2, 2)]), inputs_of([prompt(4, 1), prompt(5, 2)])
+    mask = torch.cat([first["attention_mask"], later["attention_mask"]], 1)
+    watcher = Watcher()
+    with watcher(MODEL):
+        cache = MODEL(**first).past_key_values
+        MODEL(**later | {"attention_mask": mask}, past_key_values=cache)
+    previous, following = watcher.seen[2:]
+    assert torch.equal(previous, mask.bool())  # layer 1 holds everything
+    # in front of layer 4: a quarter of the first turn's visual tokens is left, half of the second's, each packed to the right
+    expected = torch.cat([packed_to_the_right(turn, 16 - left) for turn, left in ((first, 4), (later, 8))], 1)
+    assert torch.equal(following, expected)
 
 
 class Broken(LayerPruner):
