@@ -26,7 +26,15 @@ from torch import Tensor, nn
 
 from codebook_prune.adapters.base import VLMAdapter
 from codebook_prune.adapters.loading import adapter_for
-from codebook_prune.cache_state import UNPRUNED, CacheState, attach_state, refuse_fixed_length, stages_of, state_of
+from codebook_prune.cache_state import (
+    UNPRUNED,
+    CacheState,
+    attach_state,
+    layer_length,
+    refuse_fixed_length,
+    stages_of,
+    state_of,
+)
 from codebook_prune.columns import gather_columns, join, packed
 from codebook_prune.layers import Entered, LayerDrops
 from codebook_prune.pruners.base import LayerPruner, Pruner
@@ -130,28 +138,40 @@ class Engine:
                 if keep is not None:
                     changed, self._state, index = self._shortened(kwargs, keep, state, cached)
         if self.drops.plan:
-            entered = kwargs | changed
-            valid = entered.get("attention_mask")
-            rows, columns = entered["inputs_embeds"].shape[:2]
-            positions = entered["position_ids"] if changed else self._positions(kwargs, state, cached)
-            self.drops.begin(
-                Entered(
-                    prompt=cached == 0 or images is not None,
-                    given=kwargs.get("attention_mask"),
-                    length=kwargs["inputs_embeds"].shape[1],
-                    index=index,
-                    valid=join(None, None, rows, 0, columns) if valid is None else valid[:, -columns:].bool(),
-                    positions=positions,
-                    images=images,
-                    state=state,
-                    stages=stages,
-                )
-            )
+            self.drops.begin(self._entered(kwargs, changed, images, index, state, stages))
         return ((), kwargs | changed) if changed else None
 
     def after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments, output: Any) -> None:
         """Tie what is known about the sequence to the cache that now holds it."""
         attach_state(getattr(output, "past_key_values", None), self._state, self.drops.finish())
+
+    def _entered(
+        self,
+        kwargs: Arguments,
+        changed: Arguments,
+        images: EnteringImages | None,
+        index: Tensor | None,
+        state: CacheState,
+        stages: dict[int, CacheState],
+    ) -> Entered:
+        """The call as the decoder layers are told of it: `changed` is what differs from the caller's `kwargs`."""
+        cached = layer_length(kwargs.get("past_key_values"))
+        rows, columns = (kwargs | changed)["inputs_embeds"].shape[:2]
+        mask = (kwargs | changed).get("attention_mask")
+        device = kwargs["inputs_embeds"].device
+        return Entered(
+            prompt=cached == 0 or images is not None,
+            given=kwargs.get("attention_mask"),
+            length=kwargs["inputs_embeds"].shape[1],
+            index=index,
+            valid=torch.ones(rows, columns, dtype=torch.bool, device=device)
+            if mask is None
+            else mask[:, -columns:].to(device, torch.bool),
+            positions=changed["position_ids"] if changed else self._positions(kwargs, state, cached),
+            images=images,
+            state=state,
+            stages=stages,
+        )
 
     def _continued(self, kwargs: Arguments, state: CacheState, cached: int) -> Arguments:
         """Mask and positions of a call that drops nothing, on a cache that is pruned."""
