@@ -19,7 +19,7 @@ from rich.console import Console
 
 from benchmarks.reference_codebook import build
 from benchmarks.report import publish
-from codebook_prune import Codebook, CodebookPruner, RandomPruner, UniformPruner, load_model
+from codebook_prune import Codebook, CodebookPruner, PyramidPruner, RandomPruner, UniformPruner, load_model
 from reference_vlm import CHECKPOINT
 from reference_vlm.evaluate import Item, answers, is_right, question_set
 from reference_vlm.scenes import GRID
@@ -35,16 +35,21 @@ def pruners(codebook: Codebook, ratio: float, seed: int) -> dict[str, Any]:
         "uniform": UniformPruner(keep_ratio=ratio),
         "codebook": CodebookPruner(codebook, keep_ratio=ratio),
         "codebook, original positions": CodebookPruner(codebook, keep_ratio=ratio, positions="original"),
+        "codebook | pyramid": CodebookPruner(codebook, keep_ratio=ratio) | PyramidPruner(),
     }
 
 
-def rights(model: Any, processor: Any, items: Sequence[Item], pruner: Any | None) -> tuple[NDArray[np.bool_], float]:
-    """(right per question [n], mean visual tokens that entered the LLM)."""
+def rights(model: Any, processor: Any, items: Sequence[Item], pruner: Any | None) -> tuple[NDArray[np.bool_], dict[str, float]]:
+    """(right per question [n], mean visual tokens of an image: entering the LLM, layer-averaged, in the last layer)."""
     with pruner(model) if pruner is not None else nullcontext():
         given = answers(model, processor, items)
     right = np.array([is_right(i.question, a) for i, a in zip(items, given, strict=True)])
-    entering = float(np.mean(pruner.stats.tokens_after)) if pruner is not None else float(GRID * GRID)
-    return right, entering
+    counts = dict.fromkeys(("tokens_entering", "tokens_layer_avg", "tokens_final"), float(GRID * GRID))
+    if pruner is not None:
+        stats = pruner.stats
+        found = (np.mean(stats.tokens_after), stats.layer_averaged_tokens, np.mean(stats.tokens_final))
+        counts = dict(zip(counts, map(float, found), strict=True))
+    return right, counts
 
 
 def interval(full: NDArray[np.bool_], pruned: NDArray[np.bool_], seed: int, draws: int = 2000) -> tuple[float, float]:
@@ -91,14 +96,11 @@ def main() -> None:
     items = question_set(args.split, args.per_family)
     with tempfile.TemporaryDirectory() as folder:
         codebook = Codebook.from_pretrained(args.codebook or build(Path(folder)))
-        full, _ = rights(model, processor, items, None)
-        tokens = float(GRID * GRID)
-        counts = {"tokens_entering": tokens, "tokens_layer_avg": tokens, "tokens_final": tokens}
+        full, counts = rights(model, processor, items, None)
         rows = rows_of(items, full, full, args.seed, method="unpruned", suite="image", keep_ratio=1.0, **counts)
         for ratio in RATIOS:
             for name, pruner in pruners(codebook, ratio, args.seed).items():
-                right, entering = rights(model, processor, items, pruner)
-                counts = {"tokens_entering": entering, "tokens_layer_avg": entering, "tokens_final": entering}
+                right, counts = rights(model, processor, items, pruner)
                 rows += rows_of(items, full, right, args.seed, method=name, suite="image", keep_ratio=ratio, **counts)
                 console.print(f"{name} at {ratio:.0%}: {100 * right.mean() / full.mean():.1f}% of full")
         publish("accuracy", rows, args.seed, out=args.out)
