@@ -34,7 +34,6 @@ def pruners(codebook: Codebook, ratio: float, seed: int) -> dict[str, Any]:
         "random": RandomPruner(keep_ratio=ratio, seed=seed),
         "uniform": UniformPruner(keep_ratio=ratio),
         "codebook": CodebookPruner(codebook, keep_ratio=ratio),
-        "codebook, original positions": CodebookPruner(codebook, keep_ratio=ratio, positions="original"),
         "codebook | pyramid": CodebookPruner(codebook, keep_ratio=ratio) | PyramidPruner(),
     }
 

@@ -147,7 +147,7 @@ def run_quietly(command: list[str], env: dict[str, str]) -> None:
     """Run a Ray command and show what the job itself prints and what goes wrong, without Ray's own progress notes."""
     with subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         for line in process.stdout or ():
-            if not re.search(r" (INFO|WARNING|SUCC) ", line):
+            if not re.search(r"\s(INFO|WARNING|SUCC)\s", line):
                 console.print(line.rstrip(), markup=False, highlight=False)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)

@@ -40,6 +40,11 @@ def build_config(shards: list[Path], output: Path, **cluster: Any) -> dict[str, 
         "output": str(output),
         "probe": {"tokens_per_image": 48},
         "thresholds": {"top1_prob": {"quantile": 0.6}, "influence": {"quantile": 0.6}, "calibration_images": 24},
-        "selection": {"max_cluster_size": 16, "inter_clusters": 64, "min_images": max(2, len(shards))},
+        "selection": {
+            "max_cluster_size": 16,
+            "inter_clusters": 256,
+            "min_images": len(shards) // 2,
+            "prototypes": "centroids",
+        },
         "cluster": cluster,
     }
