@@ -255,7 +255,9 @@ def merge(folders: Sequence[Path], output: Path, rows_per_shard: int) -> Codeboo
     first = books[0].manifest
     digests = [digest(folder) for folder in folders]
     if len(set(digests)) < len(digests):
-        raise UserError(f"codebook {folders[next(i for i, d in enumerate(digests) if d in digests[:i])]} is given twice")
+        raise UserError(
+            f"codebook {folders[next(i for i, d in enumerate(digests) if d in digests[:i])]} is there twice: same content"
+        )
     for folder, book in zip(folders[1:], books[1:], strict=True):
         other = book.manifest
         _check_same_kind(first, other.model, other.dimension, other.thresholds, str(folders[0]))

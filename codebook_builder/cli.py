@@ -202,6 +202,7 @@ def gc(
 def main() -> None:
     """Entry point: exit code 0, 1 (shards quarantined), 2 (bad input) or 130 (interrupted)."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         code = app(standalone_mode=False) or 0
         if code == INTERRUPTED:  # typer turns Ctrl-C into this exit code
@@ -215,11 +216,14 @@ def fail(error: BaseException) -> int:
     """Print one line for an error that users are meant to see and return the exit code; any other is a bug and is raised."""
     text = " ".join(str(getattr(error, "format_message", error.__str__)()).split())
     if isinstance(error, UserError) or hasattr(error, "format_message"):  # ours, or a usage error of the command line
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {text}" + ("" if isinstance(error, UserError) else " (see --help)"), file=sys.stderr)
         return 2
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
         print("interrupted: run the same command again to resume", file=sys.stderr)
         return INTERRUPTED
+    if isinstance(error, OSError) and error.filename:  # a file or folder that cannot be read or written
+        print(f"error: {error.filename2 or error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     from codebook_builder.build import QuarantinedError
 
     if isinstance(error, QuarantinedError):

@@ -27,7 +27,7 @@ from codebook_builder.select import influence
 from codebook_builder.shards import expand, scan
 from codebook_schemas import BuildConfig, Quantile, ThresholdConfig, UserError
 from codebook_schemas.config import content_hash
-from codebook_schemas.files import create_exclusively
+from codebook_schemas.files import create_exclusively, replace_atomically
 from codebook_schemas.inputs import InputManifest
 
 
@@ -72,7 +72,7 @@ class RunFolder:
             return known
         else:
             found = scan(patterns)
-        if known is not None and known.content_hash != found.content_hash:
+        if known is not None and known.content_hash != found.content_hash and self.has_scores:
             raise UserError(
                 f"{self.path} was started on other shards (inputs {known.content_hash}, now {found.content_hash}): "
                 "choose another output, or delete that folder"
@@ -80,6 +80,11 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         found.write(stored)
         return found
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether any shard was committed."""
+        return any(any((folder / "_done").glob("*.json")) for folder in (self.parts, self.calibration))
 
     def claim(self, config: BuildConfig) -> None:
         """Record the configuration of this run's scores, or check that they were made with an equal one.
@@ -89,7 +94,9 @@ class RunFolder:
         """
         path = self.path / "config.json"
         self.path.mkdir(parents=True, exist_ok=True)
-        create_exclusively(path, (config.model_dump_json(indent=1) + "\n").encode())
+        text = (config.model_dump_json(indent=1) + "\n").encode()
+        if not create_exclusively(path, text) and not self.has_scores:
+            replace_atomically(path, text)  # an attempt that failed before its first score binds nobody
         old = self.probed_config()
         if old.probe_hash != config.probe_hash:
             raise UserError(

@@ -204,5 +204,7 @@ def _nothing_left(counts: dict[str, int], rule: Rule, config: SelectionConfig, s
         advice = "raise selection.max_cluster_size or selection.intra_clusters"
     else:
         steps += f", 0 in clusters of more than {config.min_images} images (largest: {max(support)})"
-        advice = f"lower selection.min_images below {max(support)}, lower selection.inter_clusters, or build from more images"
+        advice = (
+            f"set selection.min_images to {max(support) - 1} or less, lower selection.inter_clusters, or build from more images"
+        )
     return f"no prototypes selected: {steps}: {advice}"

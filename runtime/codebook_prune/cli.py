@@ -18,7 +18,7 @@ from codebook_schemas.errors import UserError
 if TYPE_CHECKING:
     from codebook_prune.answer import Answer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.callback()
@@ -144,15 +144,19 @@ def quiet() -> None:
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line: exit code 0, 2 with one line for bad input, 130 when interrupted."""
     try:
-        return app(arguments)
-    except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        stop: Any = 130
-    except SystemExit as done:
-        if done.code != 130:
+        code = app(arguments, standalone_mode=False) or 0
+    except (UserError, KeyboardInterrupt) as error:
+        code = 130 if isinstance(error, KeyboardInterrupt) else complain(str(error))
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # anything but a usage error is a bug
             raise
-        stop = done.code
-    print("interrupted", file=sys.stderr)
-    raise SystemExit(stop)
+        code = complain(f"{error.format_message()} (see --help)")
+    if code == 130:
+        print("interrupted", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def complain(text: str) -> int:
+    """Print an error as one line; the exit code for bad input."""
+    print("error: " + " ".join(text.split()), file=sys.stderr)
+    return 2

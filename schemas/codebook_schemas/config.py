@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -17,7 +17,7 @@ PROBE_PROMPT = "What does this image show? You must provide a single word or phr
 class Strict(BaseModel):
     """Frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Quantile(Strict):
@@ -31,7 +31,7 @@ class ProbeConfig(Strict):
 
     prompt: str = PROBE_PROMPT
     skip_answer_ids: tuple[int, ...] = ()
-    tokens_per_image: Literal["all"] | int = "all"
+    tokens_per_image: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
     sampling: Literal["cls_rank", "raster"] = "raster"
     ablation: Literal["replace", "drop"] = "replace"
     divergence: Literal["jsd", "reference"] = "jsd"
@@ -58,7 +58,10 @@ class ThresholdConfig(Strict):
 
 
 class SelectionConfig(Strict):
-    """Prototype selection, section 3. Re-running it needs the stored scores only, no model."""
+    """Prototype selection, section 3. Re-running it needs the stored scores only, no model.
+
+    A cluster is kept when its members come from MORE than `min_images` distinct images; 0 keeps every cluster.
+    """
 
     neighbours: int = Field(5, ge=1)
     intra_clusters: int = Field(8, ge=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 
 from codebook_builder import build as build_module
 from codebook_builder import cli
+from reference_vlm import CHECKPOINT
 
 
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[int, str, str]:
@@ -135,3 +137,49 @@ def test_interruption_exits_with_130_and_one_line(tmp_path: Path) -> None:
     assert (process.returncode, out) == (130, "")
     assert err.strip().splitlines()[-1].startswith("interrupted")
     assert "Traceback" not in err
+
+
+def test_a_refused_config_binds_nobody(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first attempt with a wrong model, then the right one, into the same output."""
+    pattern = scene_shards(tmp_path / "shards", shards=1, images=3)
+    wrong = write_config(small_config(pattern, tmp_path / "book", model=str(tmp_path / "none")), tmp_path / "wrong.json")
+    fails(call(capsys, monkeypatch, "run", wrong, "--local"), "is neither a folder nor a Hub id")
+    right = write_config(small_config(pattern, tmp_path / "book", selection={"min_images": 0}), tmp_path / "right.json")
+    assert call(capsys, monkeypatch, "run", right, "--local", "--json")[0] == 0
+
+
+def test_a_damaged_model_is_not_blamed_on_a_shard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pattern = scene_shards(tmp_path / "shards", shards=1, images=1)
+    shutil.copytree(CHECKPOINT, tmp_path / "model")
+    with open(tmp_path / "model" / "model.safetensors", "r+b") as handle:
+        handle.truncate(1000)
+    config = write_config(small_config(pattern, tmp_path / "book", model=str(tmp_path / "model")), tmp_path / "c.json")
+    fails(call(capsys, monkeypatch, "run", config, "--local"), "cannot load model")
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf"])
+def test_a_threshold_must_be_finite(
+    value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "c.yaml").write_text(f"model: m\nshards: [s.tar]\noutput: o\nthresholds: {{top1_prob: {value}}}\n")
+    fails(call(capsys, monkeypatch, "run", tmp_path / "c.yaml", "--local"), "finite number")
+    assert not list(tmp_path.glob("o*"))
+
+
+def test_places_that_cannot_be_written_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pattern = scene_shards(tmp_path / "shards", shards=1, images=1)
+    (tmp_path / "file").write_text("")
+    config = write_config(small_config(pattern, tmp_path / "file" / "book"), tmp_path / "c.json")
+    fails(call(capsys, monkeypatch, "run", config, "--local"), str(tmp_path / "file"))
+    fails(call(capsys, monkeypatch, "scan", pattern, "--out", tmp_path), str(tmp_path))
+    source = small_codebook(tmp_path / "source", 0)
+    fails(
+        call(capsys, monkeypatch, "import", source, "--output", tmp_path / "file" / "x", "--model", "m/m"),
+        str(tmp_path / "file"),
+    )

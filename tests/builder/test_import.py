@@ -18,8 +18,7 @@ from codebook_prune.codebook import Codebook
 from codebook_prune.index import ShardedIndex
 from codebook_schemas import UserError
 
-NEAR = Path(__file__).parents[2] / "../shared/data/llava-1.5-7b-released"
-RELEASED = Path(os.environ.get("CODEBOOK_PRUNE_RELEASED", NEAR))
+RELEASED = Path(os.environ.get("CODEBOOK_PRUNE_RELEASED", "not given"))
 META = {
     "model": "org/model", "source_images": ["a", "a", "b", "c", "c"], "t_p": 0.15, "t_j": 0.002, "divergence": "reference",
 }  # fmt: skip

@@ -112,7 +112,11 @@ def test_a_skipped_experiment_is_never_low_information(tmp_path: Path) -> None:
         (Rule(0.0, 1.2, 1, 16), {}, "112 tokens of 7 images probed, 0 with top-1 < 0.*: raise thresholds.top1_prob"),
         (Rule(0.6, 0.0, 1, 16), {}, "0 of them with influence < 0.*: raise thresholds.influence"),
         (RULE, {"intra_clusters": 1, "max_cluster_size": 8}, "0 of those in clusters of at most 8: raise .*max_cluster_size"),
-        (RULE, {"min_images": 9}, r"0 in clusters of more than 9 images \(largest: \d\): lower selection.min_images"),
+        (
+            RULE,
+            {"min_images": 9},
+            r"0 in clusters of more than 9 images \(largest: \d\): set selection.min_images to \d or less",
+        ),
     ],
 )
 def test_nothing_selected_says_what_removed_it(tmp_path: Path, rule: Rule, changes: dict[str, Any], advice: str) -> None:

@@ -49,7 +49,8 @@ def load_model(name: str, *, revision: str | None = None, dtype: str = "auto", d
     Raises:
         UserError: nothing loadable at that place, or an unsupported model type.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     wanted: Any = (torch.float32 if device == "cpu" else "auto") if dtype == "auto" else getattr(torch, dtype)
@@ -57,9 +58,14 @@ def load_model(name: str, *, revision: str | None = None, dtype: str = "auto", d
     if not Path(name).expanduser().is_dir() and looks_local:
         raise UserError(f"model {name} is neither a folder nor a Hub id (owner/name)")
     try:
+        kind = AutoConfig.from_pretrained(name, revision=revision).model_type
+        if kind not in (known := families()):
+            raise UserError(f"model type '{kind}' is not supported; supported: {', '.join(sorted(known))}")
         processor = AutoProcessor.from_pretrained(name, revision=revision)
         model = AutoModelForImageTextToText.from_pretrained(name, revision=revision, dtype=wanted)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"cannot load model {name}: {reason}") from None
     adapter_for(model)
