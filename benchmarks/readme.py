@@ -22,7 +22,7 @@ def load(name: str) -> dict[str, Any]:
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; the first column is text, the others numbers."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines)
 
 
 def accuracy(report: dict[str, Any]) -> str:
