@@ -203,6 +203,7 @@ def main() -> None:
     """Entry point: exit code 0, 1 (shards quarantined), 2 (bad input) or 130 (interrupted)."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         code = app(standalone_mode=False) or 0
         if code == INTERRUPTED:  # typer turns Ctrl-C into this exit code
