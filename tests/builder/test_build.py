@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,7 +129,7 @@ def test_another_configuration_is_never_mixed_in(inputs: str, whole: tuple[Build
     with pytest.raises(UserError, match=r"already holds a codebook of another build"):
         build(config.model_copy(update={"seed": 1}))
     small = small_config(inputs, tmp_path / "book")
-    RunFolder.of(small.output).claim(small)
+    shutil.copytree(RunFolder.of(config.output).path, RunFolder.of(small.output).path)
     other = small.model_copy(update={"seed": 1})
     with pytest.raises(UserError, match=rf"{small.probe_hash}, this one is {other.probe_hash} .differs in: seed"):
         build(other)
