@@ -31,11 +31,9 @@ def sample_tokens(
         cls_similarity: [count] cosine to the encoder's [CLS]; needed by `cls_rank` only.
 
     Raises:
-        UserError: fewer than one token asked for, or `cls_rank` for an encoder without [CLS].
+        UserError: `cls_rank` for an encoder without [CLS].
     """
     wanted: Literal["all"] | int = config.tokens_per_image
-    if wanted != "all" and wanted < 1:
-        raise UserError(f"probe.tokens_per_image must be 'all' or at least 1, not {wanted}")
     if wanted == "all" or wanted >= count:
         return np.arange(count, dtype=np.int64)
     if config.sampling == "raster":

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from codebook_builder.sampling import raster_sample, sample_tokens, stratified_ranks
 from codebook_schemas import ProbeConfig, UserError
@@ -82,5 +83,5 @@ def test_every_index_is_probed_in_some_image() -> None:
 def test_bad_requests_say_what_to_do() -> None:
     with pytest.raises(UserError, match=r"\[CLS\].*'raster'"):
         sample_tokens(ProbeConfig(tokens_per_image=4, sampling="cls_rank"), 16, "a", 0, None)
-    with pytest.raises(UserError, match="at least 1, not 0"):
-        sample_tokens(ProbeConfig(tokens_per_image=0), 16, "a", 0, None)
+    with pytest.raises(ValidationError, match="greater than or equal to 1"):
+        ProbeConfig(tokens_per_image=0)
