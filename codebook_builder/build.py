@@ -66,7 +66,6 @@ class Build:
             QuarantinedError: shards failed `cluster.attempts` times.
         """
         output = Path(self.config.output).expanduser().absolute()
-        output.parent.mkdir(parents=True, exist_ok=True)
         inputs = self.run.inputs(self.config.shards)
         if artefact.manifest_exists(output):
             return self._finished(output, self._source(inputs))
