@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from codebook_prune.codebook import Codebook
     from codebook_prune.pruners.codebook import CodebookPruner
     from codebook_prune.pruners.context import ContextPruner
+    from codebook_prune.pruners.divprune import DivPrunePruner
     from codebook_prune.pruners.fastv import FastVPruner
     from codebook_prune.pruners.pyramid import PyramidPruner
     from codebook_prune.pruners.random import RandomPruner
@@ -23,6 +24,7 @@ __all__ = [
     "Codebook",
     "CodebookPruner",
     "ContextPruner",
+    "DivPrunePruner",
     "FastVPruner",
     "PyramidPruner",
     "RandomPruner",
@@ -35,6 +37,7 @@ _HOMES = {
     "Codebook": "codebook_prune.codebook",
     "CodebookPruner": "codebook_prune.pruners.codebook",
     "ContextPruner": "codebook_prune.pruners.context",
+    "DivPrunePruner": "codebook_prune.pruners.divprune",
     "FastVPruner": "codebook_prune.pruners.fastv",
     "PyramidPruner": "codebook_prune.pruners.pyramid",
     "RandomPruner": "codebook_prune.pruners.random",

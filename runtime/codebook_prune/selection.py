@@ -50,34 +50,30 @@ def entering_images(adapter: VLMAdapter, call: Mapping[str, Any], embeds: Tensor
 
 
 def keep_masks(pruners: Sequence[Pruner], images: EnteringImages, batch: int) -> list[Tensor] | None:
-    """Keep mask [n] bool of every image after all pruners, or None when no budget asks for less than everything."""
-    limits = zip(*(pruner.budget.per_image(images.rows, batch) for pruner in pruners), strict=True)
-    masks = [
-        _keep_image(pruners, tokens, position[:, 0] >= 0, own)
-        for tokens, position, own in zip(images.tokens, images.positions, limits, strict=True)
-    ]
-    if all(mask is None for mask in masks):
-        return None
+    """Keep mask [n] bool of every image after all pruners, or None when no budget asks for less than everything.
+
+    Newlines stay. Each pruner is given what the one before kept; images of equal sizes and budgets go through it together.
+    """
     device = images.column.device
-    return [
-        torch.ones(n, dtype=torch.bool, device=device) if mask is None else mask
-        for mask, n in zip(masks, images.lengths, strict=True)
-    ]
-
-
-def _keep_image(pruners: Sequence[Pruner], tokens: VisualTokens, scored: Tensor, limits: Sequence[int | None]) -> Tensor | None:
-    """One image's keep mask, None when nothing was dropped; `scored` [n], on the CPU, is False for newlines, which stay."""
-    newline = None if bool(scored.all()) else ~scored.to(tokens.embeddings.device)
-    left = newline if newline is None else ~newline
+    scored = [position[:, 0] >= 0 for position in images.positions]  # on the CPU
+    left = [None if bool(mask.all()) else mask.to(device) for mask in scored]
     dropped = False
-    for pruner, limit in zip(pruners, limits, strict=True):
-        given = tokens
-        if left is not None:
-            given = VisualTokens(tokens.embeddings[left], tokens.image[left], tokens.position[left])
-        kept = pruner.keep(given, limit)
-        if kept is not None:
-            left = kept if left is None else left.masked_scatter(left, kept)
-            dropped = True
-    if not dropped or left is None:
+    for pruner in pruners:
+        alike: dict[tuple[int, int | None], list[tuple[int, VisualTokens]]] = {}
+        for number, limit in enumerate(pruner.budget.per_image(images.rows, batch)):
+            mask, given = left[number], images.tokens[number]
+            given = given if mask is None else given.only(mask)
+            n = len(given.embeddings)
+            if (count := pruner.budget.count(n, limit)) != n:
+                alike.setdefault((n, count), []).append((number, given))
+        for (_, count), members in alike.items():
+            for (number, _), kept in zip(members, pruner.select([given for _, given in members], count), strict=True):
+                mask, dropped = left[number], True
+                left[number] = kept if mask is None else mask.masked_scatter(mask, kept)
+    if not dropped:
         return None
-    return left if newline is None else left | newline
+    masks = []
+    for mask, own, n in zip(left, scored, images.lengths, strict=True):
+        every = torch.ones(n, dtype=torch.bool, device=device) if mask is None else mask
+        masks.append(every if bool(own.all()) else every | ~own.to(device))
+    return masks

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,13 @@ import pytest
 import torch
 from codebook_folder import write_codebook
 from conftest import tiny_llava
-from oracle import ProjectionPruner, inputs_of, prompt
+from oracle import ProjectionPruner, greedy, inputs_of, prompt, shortened
 
 from codebook_prune import (
     Codebook,
     CodebookPruner,
     ContextPruner,
+    DivPrunePruner,
     FastVPruner,
     PyramidPruner,
     RandomPruner,
@@ -40,11 +43,48 @@ def codebook_of(folder: Path, model: Any = MODEL, **changes: Any) -> Codebook:
     return Codebook.from_pretrained(write_codebook(folder / "codebook", model, prototypes, **changes))
 
 
+PRUNERS: dict[str, Callable[[Path], Callable[..., Pruner]]] = {  # every method before layer 0, its budget left open
+    "codebook": lambda folder: partial(CodebookPruner, codebook_of(folder)),
+    "divprune": lambda _: DivPrunePruner,
+    "random": lambda _: RandomPruner,
+    "uniform": lambda _: UniformPruner,
+}
+each_method = pytest.mark.parametrize("method", PRUNERS)
+
+
 def test_every_method_is_found_by_its_file() -> None:
     found = pruners()
-    assert {"codebook": CodebookPruner, "random": RandomPruner, "uniform": UniformPruner}.items() <= found.items()
     assert {"fastv": FastVPruner, "pyramid": PyramidPruner, "context": ContextPruner}.items() <= found.items()
+    assert {name for name, cls in found.items() if issubclass(cls, Pruner)} == set(PRUNERS)
     assert all(issubclass(cls, Pruner | LayerPruner) and dataclasses.is_dataclass(cls) for cls in found.values())
+
+
+@each_method
+@pytest.mark.parametrize(
+    ("budget", "kept"), [({"keep_tokens": 40}, 40), ({"keep_ratio": 0.25}, 36), ({"keep_ratio": 0.001, "min_keep": 3}, 3)]
+)
+def test_a_budget_is_met(method: str, budget: dict[str, Any], kept: int, tmp_path: Path) -> None:
+    mask = PRUNERS[method](tmp_path)(**budget).keep(tokens_of())
+    assert mask is not None
+    assert (mask.shape, mask.dtype, int(mask.sum())) == ((144,), torch.bool, kept)
+
+
+@each_method
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_the_model_sees_what_is_kept_and_nothing_else(method: str, positions: str, tmp_path: Path) -> None:
+    """A ragged batch with budgets of its own for each image; the reference deletes the same tokens from single rows."""
+    prompts, budgets = [prompt(0, 0), prompt(1, 1), prompt(2, 2)], [[], [5], [7, 5]]
+    make = partial(PRUNERS[method](tmp_path), positions=positions)
+    with make(keep_tokens=(5, 7, 5))(MODEL) as stats:
+        out = MODEL.generate(**inputs_of(prompts), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert [int(mask.sum()) for mask in stats.kept] == stats.tokens_after == [5, 7, 5]
+    masks = iter(stats.kept)
+    for row, p, keep in zip(out, prompts, budgets, strict=True):
+        tokens, _ = greedy(MODEL, shortened(MODEL, p, keep, positions, lambda _: (~next(masks)).int().tolist()), 3)
+        assert row[-3:].tolist() == tokens
+    with make(keep_tokens=(7, 5))(MODEL) as alone, torch.no_grad():
+        MODEL(**inputs_of(prompts[2:]))
+    assert all(torch.equal(a, b) for a, b in zip(alone.kept, stats.kept[1:], strict=True))
 
 
 def test_codebook_score_is_the_largest_cosine(tmp_path: Path) -> None:
@@ -96,19 +136,6 @@ def test_random_depends_on_seed_and_content_only() -> None:
     assert not torch.equal(score, RandomPruner(keep_tokens=9, seed=1).score(one))
     assert 0 <= float(score.min()) < 0.1
     assert 0.9 < float(score.max()) < 1
-
-
-def test_random_keeps_the_same_alone_and_in_a_batch() -> None:
-    prompts = [prompt(1, 1), prompt(2, 2)]
-    alone = []
-    pruner = RandomPruner(keep_tokens=6)
-    for p in prompts:
-        with pruner(MODEL), torch.no_grad():
-            MODEL(**inputs_of([p]))
-        alone += pruner.stats.kept
-    with pruner(MODEL), torch.no_grad():
-        MODEL(**inputs_of(prompts))
-    assert all(torch.equal(a, b) for a, b in zip(alone, pruner.stats.kept, strict=True))
 
 
 @pytest.mark.parametrize("keep", [4, 9, 16, 36, 72, 100])

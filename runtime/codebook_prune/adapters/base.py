@@ -28,9 +28,12 @@ class VisualTokens:
 
     def of_image(self, index: int) -> VisualTokens:
         """The tokens of one image."""
-        mine = self.image == index
-        cls = None if self.cls_similarity is None else self.cls_similarity[mine]
-        return VisualTokens(self.embeddings[mine], self.image[mine], self.position[mine], cls)
+        return self.only(self.image == index)
+
+    def only(self, chosen: Tensor) -> VisualTokens:
+        """The tokens where `chosen` [n] bool is True."""
+        cls = None if self.cls_similarity is None else self.cls_similarity[chosen]
+        return VisualTokens(self.embeddings[chosen], self.image[chosen], self.position[chosen], cls)
 
     @property
     def grid(self) -> tuple[int, int]:

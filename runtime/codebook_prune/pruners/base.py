@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from codebook_prune.adapters.base import VisualTokens, VLMAdapter
@@ -21,15 +22,16 @@ Attention = Literal["previous", "next"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pruner(ABC):
-    """A pruning method that drops visual tokens before decoder layer 0. A new one is one file with one `score`.
+class Pruner:
+    """A pruning method that drops visual tokens before decoder layer 0. A new one is one file with one `score`, or with one
+    `select` where a token's worth depends on which others stay.
 
     `with pruner(model): ...` prunes every call of the model inside the block and leaves the model as it was. The budget is
     described in `Budget`. `positions`: "compact" renumbers the kept sequence without gaps, "original" keeps every token's own
     number (grounding needs it, arXiv 2506.21873). `stats` tells what was done since the block was entered.
 
     Raises:
-        UserError: no budget, a contradictory one, or an unknown position policy.
+        UserError: no budget, a contradictory one, a threshold for a method without scores, or an unknown position policy.
     """
 
     keep_tokens: int | tuple[int, ...] | None = None
@@ -41,6 +43,8 @@ class Pruner(ABC):
 
     def __post_init__(self) -> None:
         _ = self.budget
+        if self.threshold is not None and type(self).score is Pruner.score:
+            raise UserError(f"{type(self).__name__} has no score to put a threshold on: give keep_tokens or keep_ratio")
         _check_positions(self.positions)
 
     @property
@@ -50,12 +54,29 @@ class Pruner(ABC):
             keep_tokens=self.keep_tokens, keep_ratio=self.keep_ratio, threshold=self.threshold, min_keep=self.min_keep
         )
 
-    @abstractmethod
     def score(self, tokens: VisualTokens) -> Tensor:
         """Redundancy of the tokens of ONE image: [n], higher = dropped first.
 
         `tokens` holds no newline embeddings, and in a chain only what earlier pruners kept; `cls_similarity` is None.
         """
+        raise NotImplementedError(f"{type(self).__name__} needs a score or a select")
+
+    def select(self, images: Sequence[VisualTokens], count: int | None) -> Tensor:
+        """Which tokens stay of images of equally many: [images, n] bool. Default: those of lowest `score`.
+
+        Args:
+            images: what `score` is given, of one or more images of n tokens each.
+            count: how many of each stay, 1 to n - 1; None: the budget is a threshold, which only methods with a `score` have.
+        """
+        masks = []
+        for tokens in images:
+            scores = self.score(tokens)
+            if scores.shape != (len(tokens.embeddings),):
+                raise ValueError(
+                    f"{type(self).__name__}.score returned {list(scores.shape)} for {len(tokens.embeddings)} tokens"
+                )
+            masks.append(self.budget.mask(scores, count))
+        return torch.stack(masks)
 
     def check(self, adapter: VLMAdapter) -> None:
         """Refuse a model this pruner cannot serve (raises UserError); called when a block is entered. Default: none."""
@@ -68,13 +89,9 @@ class Pruner(ABC):
             tokens: one image's tokens, without newlines.
             keep_tokens: this image's own number, where the budget holds one an image.
         """
-        n, budget = len(tokens.embeddings), self.budget
-        if budget.count(n, keep_tokens) == n:
-            return None
-        scores = self.score(tokens)
-        if scores.shape != (n,):
-            raise ValueError(f"{type(self).__name__}.score returned {list(scores.shape)} for {n} tokens")
-        return budget.mask(scores, keep_tokens)
+        n = len(tokens.embeddings)
+        count = self.budget.count(n, keep_tokens)
+        return None if count == n else self.select([tokens], count)[0]
 
     def __call__(self, model: Any) -> AbstractContextManager[PruneStats]:
         """A block in which `model` (a supported transformers VLM) is pruned; it yields `stats`, reset on entry.

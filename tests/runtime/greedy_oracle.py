@@ -1,0 +1,33 @@
+"""Greedy selections as plain loops over Python numbers: no matrices, no batches, every distance taken anew."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+Vector = Sequence[float]
+
+
+def cosine(a: Vector, b: Vector) -> float:
+    length = math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+    return sum(x * y for x, y in zip(a, b, strict=True)) / length if length else 0.0
+
+
+def centered(vectors: Sequence[Vector]) -> list[list[float]]:
+    means = [sum(column) / len(vectors) for column in zip(*vectors, strict=True)]
+    return [[x - m for x, m in zip(v, means, strict=True)] for v in vectors]
+
+
+def first_best(values: dict[int, float]) -> int:
+    """The key of the largest value, the lowest key of equal ones."""
+    return min(values, key=lambda i: (-values[i], i))
+
+
+def divprune(vectors: Sequence[Vector], keep: int) -> list[int]:
+    """Tokens in the order they are chosen."""
+    n = range(len(vectors))
+    chosen = [first_best({i: min(1 - cosine(vectors[i], vectors[j]) for j in n if j != i) for i in n})]
+    while len(chosen) < keep:
+        left = [i for i in n if i not in chosen]
+        chosen.append(first_best({i: min(1 - cosine(vectors[i], vectors[j]) for j in chosen) for i in left}))
+    return chosen
