@@ -198,9 +198,7 @@ def extend(folder: Path, prototypes: Prototypes, origin: Origin, rows_per_shard:
     before = old.manifest
     before.verify(folder)
     _check_same_kind(before, origin.model, prototypes.vectors.shape[1], origin.thresholds, str(folder))
-    sources = [s for s in (before.source or "").split(" + ") if s]
-    if origin.source in sources:
-        raise UserError(f"codebook {folder} was already built from or extended with these images ({origin.source})")
+    sources = check_new_source(folder, before, origin.source)
     shifted = prototypes.cluster + (int(old.cluster.max()) + 1)
     vectors = prototypes.vectors.to(old.prototypes.dtype)
     new = Prototypes(vectors, prototypes.support, shifted, prototypes.provenance)
@@ -224,6 +222,14 @@ def extend(folder: Path, prototypes: Prototypes, origin: Origin, rows_per_shard:
         manifest = manifest.model_copy(update={"quality": quality})
     manifest.commit(folder)
     return manifest
+
+
+def check_new_source(folder: Path, manifest: CodebookManifest, source: str | None) -> list[str]:
+    """Refuse input a codebook already has (raises UserError); returns what it has."""
+    sources = [s for s in (manifest.source or "").split(" + ") if s]
+    if source in sources:
+        raise UserError(f"codebook {folder} was already built from or extended with these images ({source})")
+    return sources
 
 
 def _check_same_kind(book: CodebookManifest, model: ModelInfo, dimension: int, limits: Thresholds, name: str) -> None:

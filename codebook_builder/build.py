@@ -55,6 +55,7 @@ class Build:
     ) -> None:
         self.config, self.runner, self.allow_quarantine, self.here, self.quiet = config, runner, allow_quarantine, here, quiet
         self.run = RunFolder.of(config.output)
+        self.fingerprint: str | None = None
         self.quarantined: list[str] = []
         self.started = time.perf_counter()
 
@@ -78,8 +79,11 @@ class Build:
     def extend(self, folder: Path) -> Report:
         """Add prototypes from the images of `config.shards` to a codebook, with that codebook's thresholds.
 
+        Whether they fit is checked before anything is probed.
+
         Raises:
-            UserError: as `codebook`; or the codebook's model or divergence scale differs, or it has no thresholds.
+            UserError: as `codebook`; or the codebook's model or divergence scale differs, it has no thresholds, or these images
+                are in it already.
             QuarantinedError: as `codebook`.
         """
         manifest = CodebookManifest.read(folder)
@@ -92,9 +96,11 @@ class Build:
                 f"{self.config.model} and {self.config.probe.divergence}"
             )
         self.config = with_thresholds(self.config, (limits.top1_prob, limits.influence))
+        self.fingerprint = manifest.model.fingerprint
         inputs = self.run.inputs(self.config.shards)
+        artefact.check_new_source(folder, manifest, self._source(inputs))
         probed, resolved = self.probe(inputs)
-        prototypes, origin = choose(self.config, probed, resolved, self._source(inputs))
+        prototypes, origin = choose(self.config, probed, resolved, self._source(inputs), extending=True)
         return self._report(folder, artefact.extend(folder, prototypes, origin, self.config.rows_per_shard))
 
     def probe(self, inputs: InputManifest) -> tuple[Probed, tuple[float, float]]:
@@ -128,6 +134,7 @@ class Build:
             config_hash=config.probe_hash,
             device="cuda" if config.cluster.gpus_per_worker > 0 else "cpu",
             threads=config.cluster.threads_per_worker,
+            fingerprint=self.fingerprint,
         )
 
     def _process(self, tasks: list[ShardTask], name: str, samples: int) -> None:

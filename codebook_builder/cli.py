@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 app = typer.Typer(
-    help="Build, inspect and maintain redundancy codebooks.", no_args_is_help=False, add_completion=False,
+    help="Build, inspect and maintain redundancy codebooks.", no_args_is_help=True, add_completion=False,
     pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
@@ -155,10 +155,12 @@ def merge(
 
 @app.command()
 def inspect(codebook: Folder, as_json: Json = False) -> None:
-    """Show what a codebook is."""
+    """Show what a codebook is, after checking size and hash of its files; `verify` also parses and searches them."""
     from codebook_schemas import CodebookManifest
 
-    _print(_summary(codebook, CodebookManifest.read(codebook)), as_json)
+    manifest = CodebookManifest.read(codebook)
+    manifest.verify(codebook)
+    _print(_summary(codebook, manifest) | {"files_verified": len(manifest.files)}, as_json)
 
 
 @app.command("import")
@@ -216,6 +218,9 @@ def main() -> None:
 def fail(error: BaseException) -> int:
     """Print one line for an error that users are meant to see and return the exit code; any other is a bug and is raised."""
     text = " ".join(str(getattr(error, "format_message", error.__str__)()).split())
+    if type(error).__name__ == "NoArgsIsHelpError":  # nothing was asked for: the help itself, as it stands
+        print(error, file=sys.stderr)
+        return 2
     if isinstance(error, UserError) or hasattr(error, "format_message"):  # ours, or a usage error of the command line
         print(f"error: {text}" + ("" if isinstance(error, UserError) else " (see --help)"), file=sys.stderr)
         return 2

@@ -7,9 +7,11 @@ hands a shard to a ready actor, at most `in_flight` at once, replaces actors tha
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import secrets
+import socket
 import sys
 import time
 import traceback
@@ -28,6 +30,7 @@ from codebook_builder.worker import Failure, Outcome, Runner, ShardResult, Shard
 from codebook_schemas import ClusterConfig, UserError
 
 PACKAGES = (codebook_builder, codebook_prune, codebook_schemas)
+CONNECT_SECONDS = 10
 FREE_DEATHS = 20
 """How often a shard may be lost to a machine that went away before that counts as its own failure."""
 
@@ -69,6 +72,8 @@ def connected(config: ClusterConfig, address: str | None) -> Iterator[Runner]:
     """
     if address is None:
         _protect()
+    else:
+        check_reachable(address)
     import ray
 
     threads = str(config.threads_per_worker)
@@ -79,13 +84,30 @@ def connected(config: ClusterConfig, address: str | None) -> Iterator[Runner]:
             if address is None:
                 stack.enter_context(_embedded(config, environment))
             else:
-                ray.init(address, runtime_env=environment | {"py_modules": package_folders()}, log_to_driver=False)
+                code = {"py_modules": package_folders()}
+                ray.init(address, runtime_env=environment | code, log_to_driver=False, logging_level=logging.ERROR)
                 stack.callback(ray.shutdown)
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"cannot start Ray or reach it at {address or 'this machine'}: {reason}") from None
         check_placement(config)
         yield lambda tasks: _Loop(config, tasks).outcomes()
+
+
+def check_reachable(address: str) -> None:
+    """Refuse a host:port (also ray://host:port) that takes no connection; Ray itself would try, and say so, for minutes.
+
+    Raises:
+        UserError: nothing listens there. Other addresses, such as 'auto', are for Ray to resolve.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"no Ray cluster at {address}: {reason}; is it running, and its port open to this machine?") from None
 
 
 def _protect() -> None:

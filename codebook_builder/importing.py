@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from codebook_builder.artefact import Origin, Prototypes, create
+from codebook_prune.adapters.loading import families
 from codebook_schemas import CodebookManifest, ModelInfo, Thresholds, UserError
 
 NAMES = ("prototypes", "codebook")
@@ -28,8 +29,11 @@ def import_prototypes(
     counts one. The connector's fingerprint is unknown, so only dimension and model type are checked when the codebook is used.
 
     Raises:
-        UserError: unreadable file, no or several candidate tensors, damaged meta.json, no model id, or `output` exists.
+        UserError: unreadable file, no or several candidate tensors, damaged meta.json, no model id, a model type no adapter
+            serves, or `output` exists.
     """
+    if family not in (known := families()):
+        raise UserError(f"model type '{family}' is not supported; supported: {', '.join(sorted(known))}")
     meta = _read_meta(file.with_name("meta.json"))
     name = model or meta.get("model")
     if not isinstance(name, str) or not name:

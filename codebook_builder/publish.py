@@ -17,7 +17,9 @@ from codebook_schemas import BuildConfig, CodebookManifest, ModelInfo, Quality, 
 from codebook_schemas.inputs import InputManifest
 
 
-def choose(config: BuildConfig, probed: Probed, limits: tuple[float, float], source: str) -> tuple[Prototypes, Origin]:
+def choose(
+    config: BuildConfig, probed: Probed, limits: tuple[float, float], source: str, *, extending: bool = False
+) -> tuple[Prototypes, Origin]:
     """Select prototypes and say what their codebook's manifest must say.
 
     Args:
@@ -25,11 +27,12 @@ def choose(config: BuildConfig, probed: Probed, limits: tuple[float, float], sou
         probed: scores of all images.
         limits: resolved thresholds (t_p, t_j).
         source: name of the input.
+        extending: the thresholds are those of the codebook that is extended, not the configuration's.
 
     Raises:
         UserError: nothing selected, or damaged scores.
     """
-    rule = Rule.of(limits, config.probe)
+    rule = Rule.of(limits, config.probe, fixed=extending)
     selection = select(probed.tables(), rule, config.selection, probed.folder, config.seed)
     prototypes = Prototypes(
         torch.from_numpy(selection.prototypes),

@@ -29,17 +29,21 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Rule:
-    """Low-information: top1_prob < t_p and region_weight * region + global_weight * global < t_j."""
+    """Low-information: top1_prob < t_p and region_weight * region + global_weight * global < t_j.
+
+    `fixed`: the thresholds belong to a codebook that is extended, so advice must not be to change them.
+    """
 
     top1_prob: float
     influence: float
     region_weight: float
     global_weight: float
+    fixed: bool = False
 
     @classmethod
-    def of(cls, thresholds: tuple[float, float], probe: ProbeConfig) -> Rule:
+    def of(cls, thresholds: tuple[float, float], probe: ProbeConfig, *, fixed: bool = False) -> Rule:
         """The rule of resolved thresholds (t_p, t_j) and a probe configuration."""
-        return cls(*thresholds, probe.region_weight, probe.global_weight)
+        return cls(*thresholds, probe.region_weight, probe.global_weight, fixed)
 
 
 @dataclass(frozen=True)
@@ -196,6 +200,10 @@ def _nothing_left(counts: dict[str, int], rule: Rule, config: SelectionConfig, s
     )
     if not counts["tokens"]:
         advice = "no image could be read: see the skipped samples"
+    elif rule.fixed and not counts["low_information"]:
+        advice = (
+            "none is redundant by the codebook's own thresholds: take other images, or build a new codebook with higher ones"
+        )
     elif not counts["top1_below"]:
         advice = "raise thresholds.top1_prob"
     elif not counts["low_information"]:

@@ -35,7 +35,8 @@ IMAGES_PER_CALL = 8
 class ProbeSpec:
     """How to probe: what builds the model and the prober, and the hash that stands for all of it in markers.
 
-    `thresholds` are (t_p, t_j), or None to run without the cascade.
+    `thresholds` are (t_p, t_j), or None to run without the cascade. `fingerprint` is that of the only connector whose scores
+    are of use, None: any.
     """
 
     model: str
@@ -46,6 +47,7 @@ class ProbeSpec:
     config_hash: str
     device: str
     threads: int
+    fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,13 @@ def _prober(spec: ProbeSpec) -> tuple[Any, Encoder]:
     torch.set_num_threads(spec.threads)
     model, processor = _model(spec.model, spec.revision, spec.probe.dtype, spec.device)
     adapter = adapter_for(model)
-    encoder = Encoder(family=adapter.family, fingerprint=adapter.fingerprint(), dimension=adapter.hidden_size)
+    found = adapter.fingerprint()
+    if spec.fingerprint not in (None, found):
+        raise UserError(
+            f"the codebook was built with connector {spec.fingerprint}, that of {spec.model} is {found}: extend it with the "
+            "model it was built from"
+        )
+    encoder = Encoder(family=adapter.family, fingerprint=found, dimension=adapter.hidden_size)
     return Prober(model, processor, spec.probe, spec.thresholds, seed=spec.seed), encoder
 
 

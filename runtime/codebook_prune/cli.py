@@ -18,7 +18,7 @@ from codebook_schemas.errors import UserError
 if TYPE_CHECKING:
     from codebook_prune.answer import Answer
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.callback()
@@ -150,6 +150,9 @@ def main(arguments: list[str] | None = None) -> Any:
     except Exception as error:
         if not hasattr(error, "format_message"):  # anything but a usage error is a bug
             raise
+        if type(error).__name__ == "NoArgsIsHelpError":  # nothing was asked for: the help itself, as it stands
+            print(error, file=sys.stderr)
+            raise SystemExit(2) from None
         code = complain(f"{error.format_message()} (see --help)")
     if code == 130:
         print("interrupted", file=sys.stderr)

@@ -184,6 +184,12 @@ def test_extending_uses_the_codebooks_thresholds(inputs: str, whole: tuple[Build
     assert not (RunFolder.of(new.output).path / "calibration").exists()
     with pytest.raises(UserError, match=r"already built from"):
         Build(new, LOCAL, quiet=True).extend(tmp_path / "book")
+    changes = {"model": before.model.model_copy(update={"fingerprint": "0" * 16}), "source": "other"}
+    before.model_copy(update=changes).commit(tmp_path / "book")
+    again = small_config(scene_shards(tmp_path / "other", first=200), tmp_path / "other-extension")
+    with pytest.raises(UserError, match=r"was built with connector 0{16}, that of .* is \w{16}: extend it with the model"):
+        Build(again, LOCAL, quiet=True).extend(tmp_path / "book")
+    assert not RunFolder.of(again.output).has_scores
     scale = small_config(inputs, tmp_path / "x", probe={"divergence": "reference"})
     with pytest.raises(UserError, match=r"reference"):
         Build(scale, LOCAL, quiet=True).extend(tmp_path / "book")

@@ -94,7 +94,6 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     def bad(message: str, *arguments: object) -> None:
         fails(call(capsys, monkeypatch, *arguments), message)
 
-    bad("Missing command")
     bad("No such command", "frobnicate")
     bad("cannot read config", "run", tmp_path / "none.yaml", "--local")
     (tmp_path / "typo.yaml").write_text("model: m\nshards: [a]\noutput: o\nslection: {}")
@@ -104,6 +103,8 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     bad("does not exist", "scan", tmp_path / "a.tar", "--out", tmp_path / "i.json")
     (tmp_path / "a.tar").write_text("no tar")
     bad("not an uncompressed tar", "scan", tmp_path / "a.tar", "--out", tmp_path / "i.json")
+    bad("no Ray cluster at 127.0.0.1:9: Connection refused", "run", tmp_path / "c.yaml", "--address", "127.0.0.1:9")
+    bad("no Ray cluster at ray://127.0.0.1:9", "run", tmp_path / "c.yaml", "--address", "ray://127.0.0.1:9")
     bad("is not a codebook", "inspect", tmp_path)
     bad("is not a codebook", "verify", tmp_path)
     bad("holds no scores", "select", tmp_path / "c.yaml", "--output", tmp_path / "s")
@@ -114,6 +115,24 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     (tmp_path / "m.yaml").write_text(f"model: {tmp_path}\nshards: [{tmp_path}/s-000.tar]\noutput: {tmp_path}/o")
     bad("cannot load model", "run", tmp_path / "m.yaml", "--local", "--json")
     assert not (tmp_path / "o").exists()
+
+
+def test_inspect_refuses_a_damaged_codebook(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = small_codebook(tmp_path / "i", 0)
+    assert call(capsys, monkeypatch, "import", source, "--output", tmp_path / "book", "--model", "m/m")[0] == 0
+    assert "files_verified" in call(capsys, monkeypatch, "inspect", tmp_path / "book")[1]
+    path = next((tmp_path / "book").glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    fails(call(capsys, monkeypatch, "inspect", tmp_path / "book"), "the SHA-256 of")
+
+
+def test_nothing_asked_for_is_the_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, err = call(capsys, monkeypatch)
+    assert (code, out) == (2, "")
+    assert err.startswith("Usage: ")
+    assert "error" not in err
 
 
 def test_quarantine_exits_with_one(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

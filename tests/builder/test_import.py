@@ -69,10 +69,10 @@ if (RELEASED / "prototypes.safetensors").is_file():
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"codebook": x}, lambda x: {"whatever": x, "n": 5}])
 def test_pt_files(tmp_path: Path, wrap: object) -> None:
     torch.save(wrap(vectors()), tmp_path / "p.pt")  # type: ignore[operator]
-    manifest = import_prototypes(tmp_path / "p.pt", tmp_path / "book", "org/model", family="llava_next")
+    manifest = import_prototypes(tmp_path / "p.pt", tmp_path / "book", "org/model", family="llava")
     assert torch.equal(Codebook.from_pretrained(tmp_path / "book").prototypes, vectors())
     assert (manifest.model.family, manifest.thresholds.top1_prob, manifest.thresholds.divergence) == (
-        "llava_next", None, "reference",
+        "llava", None, "reference",
     )  # fmt: skip
 
 
@@ -97,6 +97,9 @@ def test_bad_files(tmp_path: Path) -> None:
         assert not (tmp_path / "book").exists()
 
     fails("none.safetensors", "does not exist")
+    with pytest.raises(UserError, match=r"model type 'llama' is not supported; supported: .*llava"):
+        import_prototypes(written(tmp_path, None), tmp_path / "book", "m", family="llama")
+    assert not (tmp_path / "book").exists()
     written(tmp_path, None)
     fails("p.safetensors", "--model", None)
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "p.safetensors").read_bytes()[:50])

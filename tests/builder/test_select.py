@@ -111,6 +111,7 @@ def test_a_skipped_experiment_is_never_low_information(tmp_path: Path) -> None:
     [
         (Rule(0.0, 1.2, 1, 16), {}, "112 tokens of 7 images probed, 0 with top-1 < 0.*: raise thresholds.top1_prob"),
         (Rule(0.6, 0.0, 1, 16), {}, "0 of them with influence < 0.*: raise thresholds.influence"),
+        (Rule(0.6, 0.0, 1, 16, fixed=True), {}, "influence < 0.*: none is redundant by the codebook's own thresholds"),
         (RULE, {"intra_clusters": 1, "max_cluster_size": 8}, "0 of those in clusters of at most 8: raise .*max_cluster_size"),
         (
             RULE,

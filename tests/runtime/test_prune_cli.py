@@ -205,6 +205,15 @@ def test_usage_errors_exit_with_2(words: tuple[str, ...]) -> None:
     assert done.stdout == ""
 
 
+def test_nothing_asked_for_is_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert err.startswith("Usage:")
+    assert "image" in err
+
+
 def test_an_interrupt_is_one_line_and_130(place: Path) -> None:
     words = [COMMAND, *arguments(place, "--keep-tokens", "9", "--json"), *[str(place / "one.png")] * 400]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
