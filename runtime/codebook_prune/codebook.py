@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from codebook_prune.hub import hub_answers, looks_local
 from codebook_schemas import CodebookManifest, UserError
 from codebook_schemas.files import replace_atomically
 
@@ -153,21 +154,26 @@ class Codebook:
 
 
 def locate(name: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a codebook: `name` itself, or a snapshot of the Hub repository `owner/name`."""
+    """The local folder of a codebook: `name` itself, or a snapshot of the Hub repository `owner/name`.
+
+    Raises:
+        UserError: neither; says whether the Hub denied it or could not be asked.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         return path
     text = str(name)
-    if text.startswith((".", "/", "~")) or text.count("/") != 1 or path.exists():
+    if looks_local(text) or path.exists():
         raise UserError(f"no codebook at {name}: it is neither a folder nor a Hub id (owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    offline = not hub_answers(text, revision, "codebook", "manifest.json")
     try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=ALLOW_PATTERNS))
+        return Path(snapshot_download(text, revision=revision, allow_patterns=ALLOW_PATTERNS, local_files_only=offline))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot fetch codebook {name} from the Hub, and no such folder exists: {reason}") from None
+        raise UserError(f"cannot fetch codebook {name} from the Hub: {reason}") from None
 
 
 def check_tensors(tensors: dict[str, Tensor], dimension: int, source: str) -> None:

@@ -1,36 +1,106 @@
-"""A Hub id resolves through the Hub's own cache; without a network and a cached copy there is one clear line."""
+"""Hub ids: its cache serves without a network; what it lacks is one clear line within seconds, and says why."""
 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
 import torch
 from codebook_folder import write_codebook
 from conftest import tiny_llava
+from huggingface_hub import constants
 
-LOAD = "import sys; from codebook_prune import Codebook, UserError\ntry: print(len(Codebook.from_pretrained(sys.argv[1])))\n"
-LOAD += "except UserError as error: print('error:', error)"
+from codebook_prune import Codebook, UserError, load_model
 
-
-def load(name: str, home: Path) -> str:
-    environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", LOAD, name], env=environment, capture_output=True, text=True, check=True
-    ).stdout.strip()
+NOWHERE = "http://127.0.0.1:9"
 
 
-def test_a_cached_snapshot_is_found_by_its_hub_id(tmp_path: Path) -> None:
+class Empty(BaseHTTPRequestHandler):
+    """A Hub that has nothing."""
+
+    def do_GET(self) -> None:
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def empty_hub() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Empty)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def silent_hub() -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections and never answers
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An empty cache and no Hub at all; a test may name another one."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.5)
+    monkeypatch.setattr(constants, "ENDPOINT", NOWHERE)
+    return monkeypatch
+
+
+def refusal(load: object, seconds: float) -> str:
+    began = time.monotonic()
+    with pytest.raises(UserError) as error:
+        load("someone/none")  # type: ignore[operator]
+    assert time.monotonic() - began < seconds
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_cached_snapshot_is_found_by_its_hub_id(tmp_path: Path, hub: pytest.MonkeyPatch, offline: bool) -> None:
+    hub.setattr(constants, "HF_HUB_OFFLINE", offline)
     cache = tmp_path / "hub" / "models--someone--book"
     write_codebook(cache / "snapshots" / "0123abc", tiny_llava(), torch.randn(5, 64))
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("0123abc")
-    assert load("someone/book", tmp_path) == "5"
+    assert len(Codebook.from_pretrained("someone/book")) == 5
 
 
-def test_an_unknown_hub_id_is_one_line(tmp_path: Path) -> None:
-    out = load("someone/none", tmp_path)
-    assert out.startswith("error: cannot fetch codebook someone/none from the Hub, and no such folder exists")
-    assert len(out.splitlines()) == 1
+@pytest.mark.parametrize(("load", "kind"), [(Codebook.from_pretrained, "codebook"), (load_model, "model")])
+def test_a_hub_that_cannot_be_reached_is_told_from_one_that_has_nothing(
+    hub: pytest.MonkeyPatch, empty_hub: str, silent_hub: str, load: object, kind: str
+) -> None:
+    missing = f"and its cache holds no {kind} of that name: check the name or the network"
+    for endpoint in (NOWHERE, silent_hub):
+        hub.setattr(constants, "ENDPOINT", endpoint)
+        text = refusal(load, 5)
+        assert text.startswith("there is no folder someone/none, the Hub cannot be reached (")
+        assert text.endswith(missing)
+    hub.setattr(constants, "ENDPOINT", empty_hub)
+    assert f"there is no folder someone/none, and the Hub has no {kind} of that name" in refusal(load, 5)
+    hub.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "offline mode is enabled" in refusal(load, 5)
+
+
+def test_the_command_gives_up_within_seconds(tmp_path: Path) -> None:
+    variables = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": NOWHERE}
+    command = [sys.executable, "-c", "from codebook_prune import load_model; load_model('some-org/unknown')"]
+    began = time.monotonic()
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False, timeout=60)
+    assert "there is no folder some-org/unknown, the Hub cannot be reached" in done.stderr
+    assert "Retrying" not in done.stderr
+    assert time.monotonic() - began < 20  # most of it imports

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import codebook_prune.adapters as package
 from codebook_prune.adapters.base import VLMAdapter
+from codebook_prune.hub import hub_answers, looks_local
 from codebook_schemas import UserError
 
 
@@ -49,20 +50,23 @@ def load_model(name: str, *, revision: str | None = None, dtype: str = "auto", d
     Raises:
         UserError: nothing loadable at that place, or an unsupported model type.
     """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted: Any = (torch.float32 if device == "cpu" else "auto") if dtype == "auto" else getattr(torch, dtype)
+    here = (folder := Path(name).expanduser()).is_dir()
+    if not here and looks_local(name):
+        raise UserError(f"model {name} is neither a folder nor a Hub id (owner/name)")
+    offline = here or not hub_answers(name, revision, "model", "config.json")
+    place = str(folder) if here else name
+    source: dict[str, Any] = {"revision": revision, "local_files_only": offline}
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    wanted: Any = (torch.float32 if device == "cpu" else "auto") if dtype == "auto" else getattr(torch, dtype)
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if not Path(name).expanduser().is_dir() and looks_local:
-        raise UserError(f"model {name} is neither a folder nor a Hub id (owner/name)")
     try:
-        kind = AutoConfig.from_pretrained(name, revision=revision).model_type
+        kind = AutoConfig.from_pretrained(place, **source).model_type
         if kind not in (known := families()):
             raise UserError(f"model type '{kind}' is not supported; supported: {', '.join(sorted(known))}")
-        processor = AutoProcessor.from_pretrained(name, revision=revision)
-        model = AutoModelForImageTextToText.from_pretrained(name, revision=revision, dtype=wanted)
+        processor = AutoProcessor.from_pretrained(place, **source)
+        model = AutoModelForImageTextToText.from_pretrained(place, **source, dtype=wanted)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
