@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from codebook_prune.adapters.loading import load_model
     from codebook_prune.codebook import Codebook
     from codebook_prune.pruners.codebook import CodebookPruner
+    from codebook_prune.pruners.codebook_diversity import CodebookDiversityPruner
     from codebook_prune.pruners.context import ContextPruner
     from codebook_prune.pruners.divprune import DivPrunePruner
     from codebook_prune.pruners.fastv import FastVPruner
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Codebook",
+    "CodebookDiversityPruner",
     "CodebookPruner",
     "ContextPruner",
     "DivPrunePruner",
@@ -35,6 +37,7 @@ __all__ = [
 
 _HOMES = {
     "Codebook": "codebook_prune.codebook",
+    "CodebookDiversityPruner": "codebook_prune.pruners.codebook_diversity",
     "CodebookPruner": "codebook_prune.pruners.codebook",
     "ContextPruner": "codebook_prune.pruners.context",
     "DivPrunePruner": "codebook_prune.pruners.divprune",

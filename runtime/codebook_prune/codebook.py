@@ -113,17 +113,24 @@ class Codebook:
         unit = F.normalize(tokens.float(), dim=-1).to(tokens.dtype)
         return (unit @ self.unit_prototypes(tokens.device, tokens.dtype).T).float()
 
-    def similarity(self, tokens: Tensor) -> Tensor:
+    def similarity(self, tokens: Tensor, top_k: int = 1) -> Tensor:
         """Redundancy score (method, section 4): max_j cos(v_i, c_j) of tokens [n, d]; [n] float32, in [-1, 1].
 
         Computed in blocks, so that memory stays bounded whatever the number of prototypes.
+
+        Args:
+            tokens: [n, d].
+            top_k: mean of this many largest cosines instead of the largest.
         """
         self._check(tokens)
         unit = F.normalize(tokens.float(), dim=-1).to(tokens.dtype)
         prototypes = self.unit_prototypes(tokens.device, tokens.dtype)
         block = max(1, ELEMENTS_PER_BLOCK // max(1, len(tokens)))
-        best = [(unit @ chunk.T).amax(-1) for chunk in torch.split(prototypes, block)]
-        return torch.stack(best).amax(0).float()
+        products = (unit @ chunk.T for chunk in torch.split(prototypes, block))
+        if top_k == 1:
+            return torch.stack([product.amax(-1) for product in products]).amax(0).float()
+        best = torch.cat([product.topk(min(top_k, product.shape[1])).values for product in products], 1)
+        return best.topk(top_k).values.float().mean(-1)
 
     def _check(self, tokens: Tensor) -> None:
         if tokens.ndim != 2 or tokens.shape[-1] != self.manifest.dimension:

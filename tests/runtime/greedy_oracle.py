@@ -31,3 +31,29 @@ def divprune(vectors: Sequence[Vector], keep: int) -> list[int]:
         left = [i for i in n if i not in chosen]
         chosen.append(first_best({i: min(1 - cosine(vectors[i], vectors[j]) for j in chosen) for i in left}))
     return chosen
+
+
+def codebook_diversity(
+    vectors: Sequence[Vector],
+    prototypes: Sequence[Vector],
+    keep: int,
+    strength: float = 1.0,
+    top_k: int = 1,
+    remove_above: float | None = None,
+    centring: bool = True,
+) -> list[int]:
+    """Tokens in the order they are chosen."""
+    redundancy = [sum(sorted(cosine(v, p) for p in prototypes)[-top_k:]) / top_k for v in vectors]
+    places = centered(vectors) if centring else vectors
+    chosen: list[int] = []
+    while len(chosen) < keep:
+        values = {}
+        for i in set(range(len(vectors))) - set(chosen):
+            if remove_above is not None and redundancy[i] > remove_above:
+                values[i] = -2 - redundancy[i]
+            elif not chosen:
+                values[i] = -redundancy[i]
+            else:
+                values[i] = (1 - redundancy[i]) ** strength * min(1 - cosine(places[i], places[j]) for j in chosen)
+        chosen.append(first_best(values))
+    return chosen

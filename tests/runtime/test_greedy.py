@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import greedy_oracle as by_hand
 import pytest
 import torch
+from codebook_folder import write_codebook
+from conftest import tiny_llava
 from torch import Tensor
 
-from codebook_prune import DivPrunePruner, UserError
+from codebook_prune import Codebook, CodebookDiversityPruner, DivPrunePruner, UserError
 from codebook_prune.adapters.base import VisualTokens
 from codebook_prune.diversity import _together, cosine_distances, farthest_first, unit_features
 from codebook_prune.pruners.base import Pruner
+
+MODEL = tiny_llava()
 
 
 def tokens_of(vectors: Tensor) -> VisualTokens:
@@ -67,9 +74,52 @@ def test_divprune_equals_the_loop(n: int, keep: int, centered: bool) -> None:
         assert kept(DivPrunePruner(keep_tokens=keep, centered=centered), tokens_of(vectors)) == sorted(expected)
 
 
-def test_images_chosen_from_together_are_as_alone() -> None:
-    images = [tokens_of(noise(20, seed)) for seed in range(4)]
-    for pruner in (DivPrunePruner(keep_tokens=7), DivPrunePruner(keep_tokens=7, centered=True)):
+def codebook_of(folder: Path, prototypes: Tensor) -> Codebook:
+    """A codebook that only the tests below are to be served by."""
+    padded = torch.nn.functional.pad(prototypes, (0, 64 - prototypes.shape[1]))
+    book = Codebook.from_pretrained(write_codebook(folder / "book", MODEL, padded))
+    book.prototypes, book.manifest = prototypes, book.manifest.model_copy(update={"dimension": prototypes.shape[1]})
+    return book
+
+
+def test_codebook_diversity_by_hand(tmp_path: Path) -> None:
+    """A prototype at 180 degrees. Redundancies (cosines): 0: -1, 10: -.985, 90: 0, 170: .985, 180: 1. The least redundant is
+    at 0; weight times distance from it: 10: 1.985 * .015, 90: 1 * 1, 170: .015 * 1.985, 180: 0 * 2. So 90 is next; then
+    10 with .030 is ahead of 170 with .015 * .826 = .013."""
+    book, tokens = codebook_of(tmp_path, torch.tensor([[-3.0, 0.0]])), at_angles([0, 10, 90, 170, 180])
+    plain = {"centered": False}
+    chosen = [kept(CodebookDiversityPruner(book, keep_tokens=k, **plain), tokens) for k in (1, 2, 3, 4)]
+    assert chosen == [[0], [0, 2], [0, 1, 2], [0, 1, 2, 3]]
+    # diversity alone: from 0 the farthest is 180, then 90
+    alone = [kept(CodebookDiversityPruner(book, keep_tokens=k, strength=0, **plain), tokens) for k in (2, 3)]
+    assert alone == [[0, 4], [0, 2, 4]]
+    # what the codebook recognises goes first (90 to 180), and is all that is left for the last two, the least redundant first
+    removing = [kept(CodebookDiversityPruner(book, keep_tokens=k, remove_above=-0.5, **plain), tokens) for k in (2, 3, 4)]
+    assert removing == [[0, 1], [0, 1, 2], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("keep", [1, 11, 29])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"strength": 2.5}, {"strength": 0, "centered": False}, {"top_k": 3}, {"remove_above": 0.3}, {"remove_above": -1}],
+)
+def test_codebook_diversity_equals_the_loop(fields: dict[str, Any], keep: int, tmp_path: Path) -> None:
+    for seed in range(2):
+        vectors, prototypes = noise(30, seed), noise(5, seed + 10)
+        pruner = CodebookDiversityPruner(codebook_of(tmp_path / str(seed), prototypes), keep_tokens=keep, **fields)
+        options = {"centring" if key == "centered" else key: value for key, value in fields.items()}
+        expected = by_hand.codebook_diversity(vectors.double().tolist(), prototypes.double().tolist(), keep, **options)
+        assert kept(pruner, tokens_of(vectors)) == sorted(expected)
+
+
+def test_images_chosen_from_together_are_as_alone(tmp_path: Path) -> None:
+    images, book = [tokens_of(noise(20, seed)) for seed in range(4)], codebook_of(tmp_path, noise(3, 9))
+    for pruner in (
+        DivPrunePruner(keep_tokens=7),
+        DivPrunePruner(keep_tokens=7, centered=True),
+        CodebookDiversityPruner(book, keep_tokens=7),
+        CodebookDiversityPruner(book, keep_tokens=7, remove_above=0.2, top_k=2),
+    ):
         together = pruner.select(images, 7)
         assert [mask.nonzero().squeeze(1).tolist() for mask in together] == [kept(pruner, tokens) for tokens in images]
 
@@ -87,3 +137,23 @@ def test_the_steps_on_a_device_are_those_on_the_cpu(count: int) -> None:
 def test_a_threshold_needs_scores() -> None:
     with pytest.raises(UserError, match="DivPrunePruner has no score"):
         DivPrunePruner(threshold=0.5)
+
+
+@pytest.mark.parametrize(
+    ("message", "fields"),
+    [
+        ("has no score", {"threshold": 0.5}), ("remove_above is a cosine", {"remove_above": float("nan")}),
+        ("strength must be", {"strength": -1.0}), ("top_k must be between 1 and the codebook's 5", {"top_k": 6}),
+    ],
+)  # fmt: skip
+def test_bad_fields_are_refused(message: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    budget = {} if "threshold" in fields else {"keep_tokens": 3}
+    with pytest.raises(UserError, match=message):
+        CodebookDiversityPruner(codebook_of(tmp_path, noise(5, 0)), **budget, **fields)
+
+
+@torch.no_grad()
+def test_a_codebook_of_another_model_is_refused_on_entering(tmp_path: Path) -> None:
+    book = Codebook.from_pretrained(write_codebook(tmp_path / "book", MODEL, torch.randn(7, 64)))
+    with pytest.raises(UserError, match="build a codebook"), CodebookDiversityPruner(book, keep_tokens=3)(tiny_llava(seed=5)):
+        pass

@@ -16,6 +16,7 @@ from oracle import ProjectionPruner, greedy, inputs_of, prompt, shortened
 
 from codebook_prune import (
     Codebook,
+    CodebookDiversityPruner,
     CodebookPruner,
     ContextPruner,
     DivPrunePruner,
@@ -45,6 +46,7 @@ def codebook_of(folder: Path, model: Any = MODEL, **changes: Any) -> Codebook:
 
 PRUNERS: dict[str, Callable[[Path], Callable[..., Pruner]]] = {  # every method before layer 0, its budget left open
     "codebook": lambda folder: partial(CodebookPruner, codebook_of(folder)),
+    "codebook_diversity": lambda folder: partial(CodebookDiversityPruner, codebook_of(folder)),
     "divprune": lambda _: DivPrunePruner,
     "random": lambda _: RandomPruner,
     "uniform": lambda _: UniformPruner,

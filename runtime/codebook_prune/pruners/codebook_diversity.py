@@ -1,0 +1,68 @@
+"""Redundancy by codebook, then diversity: this project's own method, on the codebook of arXiv 2503.20540."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from codebook_prune.adapters.base import VisualTokens, VLMAdapter
+from codebook_prune.codebook import Codebook
+from codebook_prune.diversity import cosine_distances, farthest_first, unit_features
+from codebook_prune.pruners.base import Pruner
+from codebook_schemas import UserError
+
+
+@dataclass(frozen=True)
+class CodebookDiversityPruner(Pruner):
+    """First go the tokens that the codebook recognises, then the budget is filled with tokens that differ from each other.
+
+    Ranking by redundancy alone keeps near-duplicates and loses coverage. Here the least redundant token is kept first, then
+    always the one with the largest (1 - redundancy) ** strength * its distance to the nearest kept token: greedy max-min
+    (k-center) on 1 - cosine of the embeddings, centred on their image's mean. No question and no attention: the same image
+    keeps the same tokens for every question. Memory: n x n floats an image, beside tokens x prototypes.
+
+    Args:
+        codebook: of this model.
+        remove_above: tokens with a redundancy above this are kept only when nothing else is left, the least redundant
+            first. None: the weight alone holds them back.
+        strength: how much redundancy weighs; 0 is diversity alone, started at the least redundant token.
+        top_k: redundancy is the mean of this many largest cosines to prototypes.
+        centered: subtract the mean of an image's embeddings before they are compared with each other.
+
+    Raises:
+        UserError: fields out of range; on entering a block, a codebook of another model.
+    """
+
+    codebook: Codebook
+    remove_above: float | None = field(default=None, kw_only=True)
+    strength: float = field(default=1.0, kw_only=True)
+    top_k: int = field(default=1, kw_only=True)
+    centered: bool = field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.remove_above is not None and not math.isfinite(self.remove_above):
+            raise UserError(f"remove_above is a cosine, not {self.remove_above!r}")
+        if not 0 <= self.strength < math.inf:
+            raise UserError(f"strength must be a finite number >= 0, not {self.strength!r}")
+        if not 1 <= self.top_k <= len(self.codebook):
+            raise UserError(f"top_k must be between 1 and the codebook's {len(self.codebook)} prototypes, not {self.top_k!r}")
+
+    def check(self, adapter: VLMAdapter) -> None:
+        """Refuse a model the codebook was not built from."""
+        self.codebook.check_model(adapter)
+
+    def select(self, images: Sequence[VisualTokens], count: int | None) -> Tensor:
+        """See `Pruner.select`."""
+        vectors = torch.cat([tokens.embeddings for tokens in images])
+        redundancy = self.codebook.similarity(vectors, self.top_k).view(len(images), -1)
+        distances = cosine_distances(unit_features(images, self.centered))
+        distances *= (1 - redundancy).clamp_(min=0).pow_(self.strength).unsqueeze(1)
+        if self.remove_above is not None:  # below every distance, the more redundant the lower
+            recognised = (redundancy > self.remove_above).unsqueeze(1)
+            distances = torch.where(recognised, (-2 - redundancy).unsqueeze(1), distances)
+        return farthest_first(distances, redundancy.argmin(1), int(count or 1))
