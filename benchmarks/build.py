@@ -46,7 +46,7 @@ class OneForwardPerExperiment:
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.processor, self.adapter = model, processor, adapter_for(model)
-        prompt = split_prompt(self.adapter, processor, CONFIG)
+        prompt = split_prompt(self.adapter, processor, CONFIG, Image.new("RGB", (64, 64)))
         embed = model.get_input_embeddings()
         self.head, self.tail, self.ablated = embed(prompt.prefix), embed(prompt.suffix), ablation_embedding(model, processor)
 
@@ -63,8 +63,7 @@ class OneForwardPerExperiment:
         return [self._probe(image, key) for image, key in zip(images, keys, strict=True)]
 
     def _probe(self, image: Image.Image, key: str) -> ImageScores:
-        inputs = self.processor.image_processor(images=[image], return_tensors="pt")
-        visual = self.adapter.encode(inputs).embeddings
+        visual = self.adapter.encode(split_prompt(self.adapter, self.processor, CONFIG, image).inputs).embeddings
         n = len(visual)
         side = round(n**0.5)
         whole = self.logits(visual)

@@ -19,11 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from codebook_builder.divergence import divergence, top1_probability
-from codebook_builder.forward import ReadOut
-from codebook_builder.prompt import ablation_embedding, split_prompt
-from codebook_builder.runs import ImageRuns, grid_cells
+from codebook_builder.forward import ReadOut, SharedPrefix
+from codebook_builder.prompt import SplitPrompt, ablation_embedding, split_prompt
+from codebook_builder.runs import ImageRuns, grids
 from codebook_builder.sampling import sample_tokens
-from codebook_prune.adapters.base import VisualTokens
 from codebook_prune.adapters.loading import adapter_for
 from codebook_schemas import ProbeConfig
 
@@ -34,9 +33,10 @@ Floats = NDArray[np.float32]
 class ImageScores:
     """One image's m probed visual tokens, ordered by token index.
 
-    token: [m] raster index in the image's grid. position: [m, 2] (row, column). top1_prob, region_divergence,
-    global_divergence: [m], the divergences NaN where the cascade made them needless. cls_similarity: [m] cosine to the
-    encoder's [CLS], None for encoders without one. embeddings: [m, d] connector outputs.
+    token: [m] raster index in the image's grid; where it has several (crops, tiles), these one after the other. position:
+    [m, 2] (row, column) in the token's own grid. top1_prob, region_divergence, global_divergence: [m], the divergences NaN
+    where the cascade made them needless. cls_similarity: [m] cosine to the encoder's [CLS], None for encoders without one.
+    embeddings: [m, d] connector outputs.
     """
 
     key: str
@@ -84,6 +84,17 @@ class ProbeCounters:
     llm_seconds: float = 0.0
 
 
+@dataclass
+class OneImage:
+    """What the experiments of one image share: the text before it and how many positions of that count, the table of
+    embeddings (see `runs`), and, once it was run, the whole image."""
+
+    chat: SharedPrefix
+    length: int
+    table: Tensor
+    whole: tuple[SharedPrefix, Tensor] | None = None
+
+
 class Prober:
     """Probes images with one model; keeps the chat prefix's keys and values between images."""
 
@@ -107,16 +118,11 @@ class Prober:
         self._thresholds = thresholds if config.cascade else None
         self._adapter = adapter_for(model)
         self._read = ReadOut(self._adapter.decoder, model.get_output_embeddings(), config.tokens_per_batch)
-        prompt = split_prompt(self._adapter, processor, config)
         with torch.inference_mode():
-            embed = model.get_input_embeddings()
-            device = embed.weight.device
-            self._suffix: Tensor = embed(prompt.suffix.to(device))
+            self._embed = model.get_input_embeddings()
             self._ablated = ablation_embedding(model, processor)
-            self._length = len(prompt.prefix)
-            # A template may start with the image: then a text token fills the cache and zero positions of it are used.
-            first = prompt.prefix if self._length else prompt.suffix[:1]
-            self._chat, _ = self._read.extend(None, 0, embed(first.to(device))[None])
+            self._chats: dict[tuple[int, ...], SharedPrefix] = {}
+            self._chat(split_prompt(self._adapter, processor, config, Image.new("RGB", (64, 64))))
         self._publish()
 
     def probe(self, images: Sequence[Image.Image], keys: Sequence[str]) -> list[ImageScores]:
@@ -139,39 +145,57 @@ class Prober:
         self.counters.rows, self.counters.tokens = self._read.rows_computed, self._read.tokens_computed
         self.counters.memory_splits = self._read.memory_splits
 
+    def _chat(self, prompt: SplitPrompt) -> tuple[SharedPrefix, int]:
+        """Keys and values of the text before the image, run once for each such text, and how many of their positions count."""
+        # A template may start with the image: then a text token fills the cache and zero positions of it are used.
+        text = prompt.prefix if len(prompt.prefix) else prompt.suffix[:1]
+        key = tuple(text.tolist())
+        if key not in self._chats:
+            self._chats[key], _ = self._read.extend(None, 0, self._embedded(text)[None])
+        return self._chats[key], len(prompt.prefix)
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        vectors: Tensor = self._embed(ids.to(self._embed.weight.device))
+        return vectors
+
     def _probe_image(self, image: Image.Image, key: str) -> ImageScores:
         started = time.perf_counter()
-        visual, embeddings = self._encode(image)
+        prompt = split_prompt(self._adapter, self._processor, self._config, image)
+        visual = self._adapter.encode(prompt.inputs)
+        embeddings = visual.embeddings.float().cpu()
         encoded = time.perf_counter()
-        cells = grid_cells(visual.position.cpu())
-        similarity = None if visual.cls_similarity is None else visual.cls_similarity.cpu()[cells.flatten()].float().numpy()
-        token = sample_tokens(self._config, cells.numel(), key, self._seed, similarity)
-        chosen = torch.from_numpy(token)
-        runs = ImageRuns(cells, len(visual.embeddings), len(self._suffix), self._config.ablation)
-        table = torch.cat([visual.embeddings, self._ablated, self._suffix])
-        single, region, whole = self._experiments(runs, table, chosen)
-        columns = cells.shape[1]
+        place = self._adapter.visual_mask(prompt.inner).nonzero().flatten()
+        cells = grids(visual.position.cpu(), None if visual.frame is None else visual.frame.cpu())
+        flat = torch.cat([grid.flatten() for grid in cells])
+        similarity = None if visual.cls_similarity is None else visual.cls_similarity.cpu()[flat].float().numpy()
+        token = sample_tokens(self._config, len(flat), key, self._seed, similarity)
+        inner = self._embedded(prompt.inner).index_copy(0, place.to(visual.embeddings.device), visual.embeddings)
+        table = torch.cat([inner, self._ablated, self._embedded(prompt.suffix)])
+        shared = OneImage(*self._chat(prompt), table)
+        scores, start = [], 0
+        for grid in cells:
+            mine = token[(token >= start) & (token < start + grid.numel())] - start
+            if len(mine):
+                runs = ImageRuns(place[grid], len(inner), len(prompt.suffix), self._config.ablation)
+                scores.append(self._experiments(shared, runs, torch.from_numpy(mine)))
+            start += grid.numel()
+        single, region, whole = np.concatenate(scores, axis=1)
         self.counters.images += 1
         self.counters.vision_seconds += encoded - started
         self.counters.llm_seconds += time.perf_counter() - encoded
+        chosen = flat[torch.from_numpy(token)]
         return ImageScores(
             key=key,
             token=token.astype(np.int32),
-            position=np.stack([token // columns, token % columns], axis=1).astype(np.int16),
+            position=visual.position.cpu()[chosen].numpy().astype(np.int16),
             top1_prob=single,
             region_divergence=region,
             global_divergence=whole,
             cls_similarity=None if similarity is None else similarity[token],
-            embeddings=embeddings[cells.flatten()[chosen]].numpy(),
+            embeddings=embeddings[chosen].numpy(),
         )
 
-    def _encode(self, image: Image.Image) -> tuple[VisualTokens, Tensor]:
-        """Vision tower and connector: the visual tokens, and their embeddings as float32 on the CPU."""
-        pixels = self._processor.image_processor(images=[image.convert("RGB")], return_tensors="pt")
-        visual = self._adapter.encode(pixels)
-        return visual, visual.embeddings.float().cpu()
-
-    def _experiments(self, runs: ImageRuns, table: Tensor, tokens: Tensor) -> tuple[Floats, Floats, Floats]:
+    def _experiments(self, image: OneImage, runs: ImageRuns, tokens: Tensor) -> tuple[Floats, Floats, Floats]:
         """The cascade: an experiment is run only where the ones before it leave the outcome open.
 
         Low-information asks top1 < t_p and J < t_j; J adds two divergences that are never negative. So top1 >= t_p settles a
@@ -179,41 +203,43 @@ class Prober:
         """
         count = len(tokens)
         region, whole = np.full((2, count), np.nan, dtype=np.float32)
-        single = self._single(runs, table, tokens)
+        single = self._single(image, runs, tokens)
         open_ = np.ones(count, dtype=bool)
         if self._thresholds is not None:
             open_ = single < np.float64(self._thresholds[0])
         self.counters.single.add(count, count)
         self.counters.region.add(count, int(open_.sum()))
         if open_.any():
-            region[open_] = self._region(runs, table, tokens[torch.from_numpy(open_)])
+            region[open_] = self._region(image, runs, tokens[torch.from_numpy(open_)])
         if self._thresholds is not None:
             open_ &= region.astype(np.float64) * self._config.region_weight < self._thresholds[1]
         self.counters.global_.add(count, int(open_.sum()))
         if open_.any():
-            whole[open_] = self._global(runs, table, tokens[torch.from_numpy(open_)])
+            whole[open_] = self._global(image, runs, tokens[torch.from_numpy(open_)])
         return single, region, whole
 
     def _diverge(self, reference: Tensor, ablated: Tensor) -> Tensor:
         return divergence(reference, ablated, self._config.divergence, self._config.top_k_divergence)
 
-    def _single(self, runs: ImageRuns, table: Tensor, tokens: Tensor) -> Floats:
-        logits = self._read.logits(self._chat, self._length, table, runs.single(tokens))
+    def _single(self, image: OneImage, runs: ImageRuns, tokens: Tensor) -> Floats:
+        logits = self._read.logits(image.chat, image.length, image.table, runs.single(tokens))
         return _floats(top1_probability(logits, self._config.top_k_single))
 
-    def _region(self, runs: ImageRuns, table: Tensor, tokens: Tensor) -> Floats:
+    def _region(self, image: OneImage, runs: ImageRuns, tokens: Tensor) -> Floats:
         representative, window = runs.distinct_windows(tokens)
-        reference = self._read.logits(self._chat, self._length, table, runs.region(representative))
-        ablated = self._read.logits(self._chat, self._length, table, runs.region_ablated(tokens))
+        reference = self._read.logits(image.chat, image.length, image.table, runs.region(representative))
+        ablated = self._read.logits(image.chat, image.length, image.table, runs.region_ablated(tokens))
         return _floats(self._diverge(reference[window.to(reference.device)], ablated))
 
-    def _global(self, runs: ImageRuns, table: Tensor, tokens: Tensor) -> Floats:
+    def _global(self, image: OneImage, runs: ImageRuns, tokens: Tensor) -> Floats:
         """One run of the whole image fills the cache that all ablated runs start from."""
         representative, window = runs.distinct_windows(tokens)
-        image, reference = self._read.extend(self._chat, self._length, table[runs.whole().to(table.device)])
+        if image.whole is None:
+            image.whole = self._read.extend(image.chat, image.length, image.table[runs.whole().to(image.table.device)])
+        prefix, reference = image.whole
         per_window = torch.empty(len(representative))
         for group in runs.global_ablated(representative):
-            ablated = self._read.logits(image, self._length + group.start, table, group.runs)
+            ablated = self._read.logits(prefix, image.length + group.start, image.table, group.runs)
             per_window[group.member] = self._diverge(reference, ablated).cpu()
         return _floats(per_window[window])
 

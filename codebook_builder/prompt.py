@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,42 +16,46 @@ from codebook_schemas import ProbeConfig, UserError
 
 @dataclass(frozen=True)
 class SplitPrompt:
-    """Token ids before [p] and after [s] the visual tokens; the last one of `suffix` is where the answer is read."""
+    """The prompt with one image in it, as token ids, cut where the image stands.
 
+    inputs: what the processor made of text and image. prefix: [p] before the first visual token. inner: [n] from the first to
+    the last one, placeholders and whatever text the template puts between them (tiles of a large image are named). suffix: [s]
+    behind; the answer is read at its last token.
+    """
+
+    inputs: Mapping[str, Any]
     prefix: Tensor
+    inner: Tensor
     suffix: Tensor
 
 
-def split_prompt(adapter: VLMAdapter, processor: Any, config: ProbeConfig) -> SplitPrompt:
+def split_prompt(adapter: VLMAdapter, processor: Any, config: ProbeConfig, image: Image.Image) -> SplitPrompt:
     """Chat template with one image and `config.prompt`, generation prompt added, `config.skip_answer_ids` appended.
 
-    The processor expands the placeholder of a blank image; which image it is does not matter, because visual tokens are put
-    in as embeddings.
-
     Raises:
-        UserError: the processor has no chat template, the template does not place one contiguous image followed by text, or
+        UserError: the processor has no chat template, the template does not place the image with text behind it, or
             `skip_answer_ids` holds an id outside the vocabulary.
     """
     if getattr(processor, "chat_template", None) is None:
         raise UserError("this model's processor has no chat template: probing needs one to place the image and the prompt")
-    content = [{"type": "image", "image": Image.new("RGB", (64, 64))}, {"type": "text", "text": config.prompt}]
+    content = [{"type": "image", "image": image.convert("RGB")}, {"type": "text", "text": config.prompt}]
     chat = [{"role": "user", "content": content}]
     try:
-        ids = processor.apply_chat_template(
+        inputs = processor.apply_chat_template(
             chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )["input_ids"]
+        )
     except ValueError as error:  # the processor counts images and placeholders
         raise UserError(f"probe.prompt cannot be put into this model's chat template: {' '.join(str(error).split())}") from None
-    visual = torch.nonzero(adapter.visual_mask(ids)[0]).flatten()
-    if len(visual) == 0 or len(visual) != int(visual[-1] - visual[0]) + 1 or int(visual[-1]) + 1 == ids.shape[1]:
-        raise UserError(
-            "the model's chat template must place one contiguous image with text after it: this model cannot be probed"
-        )
+    ids: Tensor = inputs["input_ids"][0]
+    visual = adapter.visual_mask(ids).nonzero().flatten()
+    if len(visual) == 0 or int(visual[-1]) + 1 == len(ids):
+        raise UserError("the model's chat template must place one image with text after it: this model cannot be probed")
     size = len(adapter.model.get_input_embeddings().weight)
     if wrong := [i for i in config.skip_answer_ids if not 0 <= i < size]:
         raise UserError(f"probe.skip_answer_ids: {wrong[0]} is not a token of this model (0 .. {size - 1})")
-    suffix = torch.cat([ids[0, int(visual[-1]) + 1 :], torch.tensor(config.skip_answer_ids, dtype=ids.dtype)])
-    return SplitPrompt(ids[0, : int(visual[0])], suffix)
+    first, last = int(visual[0]), int(visual[-1])
+    suffix = torch.cat([ids[last + 1 :], torch.tensor(config.skip_answer_ids, dtype=ids.dtype)])
+    return SplitPrompt(inputs, ids[:first], ids[first : last + 1], suffix)
 
 
 def ablation_embedding(model: Any, processor: Any) -> Tensor:

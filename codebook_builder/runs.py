@@ -1,8 +1,8 @@
 """What each experiment lets the model see, as rows of indices into one table of embeddings.
 
-The table of an image is [visual tokens (n), ablation embedding (1), suffix embeddings (s)]; a run is the row of table
-indices that follows the chat prefix. All functions here are pure; which experiment needs which run is arXiv 2503.20540,
-sections 3.1 and 3.2.
+The table of an image is [everything from its first to its last visual token (n), ablation embedding (1), suffix embeddings
+(s)]; a run is the row of table indices that follows the chat prefix. All functions here are pure; which experiment needs which
+run is arXiv 2503.20540, sections 3.1 and 3.2.
 """
 
 from __future__ import annotations
@@ -40,6 +40,18 @@ def grid_cells(position: Tensor) -> Tensor:
     return own[torch.argsort(raster)].view(rows, columns)
 
 
+def grids(position: Tensor, frame: Tensor | None) -> list[Tensor]:
+    """`grid_cells` of every grid of an image with several; indices count the tokens of all.
+
+    Args:
+        position: [n, 2] (row, column) of every visual token in its own grid.
+        frame: [n], which grid that is; None: there is one.
+    """
+    frame = torch.zeros(len(position), dtype=torch.long) if frame is None else frame
+    members = [torch.nonzero(frame == number).flatten() for number in torch.unique(frame)]
+    return [mine[grid_cells(position[mine])] for mine in members]
+
+
 def window_corners(rows: int, columns: int) -> Tensor:
     """Upper left cell of the window around each cell, shifted inward at borders: [rows * columns, 2] long."""
     cell = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2)
@@ -60,10 +72,13 @@ class GlobalGroup:
 
 
 class ImageRuns:
-    """The runs of one image. `tokens` arguments are raster indices of grid cells [m] long; results are table indices."""
+    """The runs of one grid of an image. `tokens` are raster indices of its cells [m] long; results are table indices."""
 
     def __init__(self, cells: Tensor, count: int, suffix: int, ablation: Literal["replace", "drop"]) -> None:
-        """Lay out a grid `cells` [rows, columns] of `count` visual tokens (separators included) before `suffix` text tokens."""
+        """Lay out a grid `cells` [rows, columns], table indices, of an image of `count` embeddings before `suffix` text tokens.
+
+        What lies outside of the grid (separators, other grids, text between tiles) is seen by global runs only.
+        """
         self._flat, self._count, self._ablation = cells.flatten(), count, ablation
         rows, columns = cells.shape
         corners = window_corners(rows, columns)

@@ -15,12 +15,13 @@ from codebook_schemas import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What stays of every image; exactly one of `keep_tokens`, `keep_ratio` and `threshold` is given.
+    """What stays of every image or video; exactly one of `keep_tokens`, `keep_ratio` and `threshold` is given.
 
-    keep_tokens: tokens kept of each image, or one number an image (a tuple); an image with fewer tokens keeps them all.
+    keep_tokens: tokens kept of each image (video), or one number an image (a tuple); one with fewer tokens keeps them all. Of a
+    video's frames, or the crops of an image, each keeps its share.
     keep_ratio: fraction kept, in (0, 1]; of n tokens, ratio * n rounded half up in decimal arithmetic (0.145 of 100 is 15).
     threshold: tokens with a score below it stay (arXiv 2503.20540 keeps tokens whose similarity to the codebook is lower).
-    min_keep: tokens of every image that stay whatever the scores say.
+    min_keep: tokens of every image (with a threshold: of every frame or crop) that stay whatever the scores say.
 
     Raises:
         UserError: none or several of the three are given, or a value is out of range.
@@ -82,9 +83,7 @@ class Budget:
             [n] bool, True = kept. Of equal scores the token of lowest index stays first.
         """
         count = self.count(len(scores), keep_tokens)
-        order = torch.argsort(scores, stable=True)
-        keep = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-        keep[order[: self.min_keep if count is None else count]] = True
+        keep = lowest(scores, self.min_keep if count is None else count)
         return keep if self.threshold is None else keep | (scores < self.threshold)
 
     def per_image(self, rows: Sequence[int], batch: int) -> list[int | None]:
@@ -112,6 +111,23 @@ class Budget:
             raise wrong
         value = dict(zip(distinct, self.keep_tokens, strict=True))
         return [value[place] for place in places]
+
+
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """[n] bool: the `count` lowest of `scores` [n]; of equal ones the lower index, NaN last."""
+    keep = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+    keep[torch.argsort(scores, stable=True)[:count]] = True
+    return keep
+
+
+def shares(count: int, lengths: Sequence[int]) -> list[int]:
+    """`count` tokens spread over frames in proportion to their `lengths`: rounded down, then the largest remainders first."""
+    total = sum(lengths)
+    found = [count * length // total for length in lengths]
+    order = sorted(range(len(lengths)), key=lambda i: (-(count * lengths[i] % total), i))
+    for i in order[: count - sum(found)]:
+        found[i] += 1
+    return found
 
 
 def _is_count(value: object) -> bool:

@@ -133,7 +133,7 @@ class Engine:
         changed = self._continued(kwargs, state, cached) if state.pruned else {}
         if brings_images(call):
             with self.stats.timed(kwargs["inputs_embeds"].device):
-                images = entering_images(self.adapter, call, kwargs["inputs_embeds"])
+                images = entering_images(self.adapter, call, kwargs["inputs_embeds"], kwargs.get("position_ids"))
                 keep = None if images is None else self._choose(images, kwargs["inputs_embeds"])
                 if keep is not None:
                     changed, self._state, index = self._shortened(kwargs, keep, state, cached)
@@ -219,7 +219,7 @@ class Engine:
         """Keep mask [batch, length] bool of a call, None when everything stays; counts."""
         masks = keep_masks(self.pruners, images, len(embeds)) if self.pruners else None
         after = images.lengths if masks is None else torch.stack([mask.sum() for mask in masks]).tolist()
-        self.stats.count(images.lengths, after, masks, images.positions)
+        self.stats.count(images.lengths, after, masks, images.positions, images.frames)
         if masks is None or after == images.lengths:
             return None
         keep = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)

@@ -1,4 +1,4 @@
-"""Which visual tokens of a call stay: from the embeddings that enter the decoder to one keep mask an image."""
+"""Which visual tokens of a call stay: from the embeddings that enter the decoder to one keep mask an image or video."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codebook_prune.adapters.base import VisualTokens, VLMAdapter
+from codebook_prune.adapters.base import VisualTokens, VLMAdapter, entering_tokens
 from codebook_prune.pruners.base import Pruner
 
 
 @dataclass(frozen=True)
 class EnteringImages:
-    """The images of one call, in the order they enter.
+    """The items (images and videos) of one call, in the order they enter.
 
-    tokens: every image's visual tokens. column: [n] place of all of them in the flattened [batch * length] sequence. lengths,
-    rows: tokens and batch row of every image. positions: `VisualTokens.position` of every image, on the CPU.
+    tokens: every item's visual tokens. column: [n] place of all of them in the flattened [batch * length] sequence. lengths,
+    rows: tokens and batch row of every item. positions, frames: `VisualTokens.position` and `frame` (never None) of every item,
+    on the CPU.
     """
 
     tokens: list[VisualTokens]
@@ -26,48 +27,46 @@ class EnteringImages:
     lengths: list[int]
     rows: list[int]
     positions: list[Tensor]
+    frames: list[Tensor]
 
 
-def entering_images(adapter: VLMAdapter, call: Mapping[str, Any], embeds: Tensor) -> EnteringImages | None:
+def entering_images(
+    adapter: VLMAdapter, call: Mapping[str, Any], embeds: Tensor, position_ids: Tensor | None
+) -> EnteringImages | None:
     """Cut the visual tokens out of a call's input embeddings [batch, length, d]; None when there are none.
 
     Raises:
-        UserError: an image does not enter whole.
+        UserError: an image or video does not enter whole, or its grid cannot be told.
     """
-    image = adapter.image_index(call["input_ids"], call).to(embeds.device).flatten()
-    column = (image >= 0).nonzero().squeeze(1)
-    image = image[column]
-    lengths: list[int] = torch.unique_consecutive(image, return_counts=True)[1].tolist()
-    if not lengths:
+    entering = entering_tokens(adapter, call, embeds.detach(), position_ids)
+    if not len(entering.ids):
         return None
+    places = adapter.layout(entering)
+    lengths: list[int] = torch.unique_consecutive(places[:, 0], return_counts=True)[1].tolist()
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    rows: list[int] = (column[starts] // embeds.shape[1]).tolist()
-    position = adapter.token_positions(lengths)
-    vectors = embeds.detach().flatten(0, 1)[column]
-    parts = [torch.split(x, lengths) for x in (vectors, image, position.to(embeds.device))]
-    tokens = [VisualTokens(*part) for part in zip(*parts, strict=True)]
-    return EnteringImages(tokens, column, lengths, rows, list(torch.split(position, lengths)))
+    frames, positions = torch.split(places[:, 1], lengths), torch.split(places[:, 2:], lengths)
+    parts = zip(*(torch.split(x, lengths) for x in (entering.embeddings, places.to(embeds.device))), strict=True)
+    tokens = [
+        VisualTokens(vectors, place[:, 0], place[:, 2:], frame=place[:, 1] if bool(frame.any()) else None)
+        for (vectors, place), frame in zip(parts, frames, strict=True)
+    ]
+    column = (entering.row * embeds.shape[1] + entering.column).to(embeds.device)
+    return EnteringImages(tokens, column, lengths, entering.row[starts].tolist(), list(positions), list(frames))
 
 
 def keep_masks(pruners: Sequence[Pruner], images: EnteringImages, batch: int) -> list[Tensor] | None:
     """Keep mask [n] bool of every image after all pruners, or None when no budget asks for less than everything.
 
-    Newlines stay. Each pruner is given what the one before kept; images of equal sizes and budgets go through it together.
+    Newlines stay. Each pruner is given what the one before kept.
     """
     device = images.column.device
     scored = [position[:, 0] >= 0 for position in images.positions]  # on the CPU
     left = [None if bool(mask.all()) else mask.to(device) for mask in scored]
     dropped = False
     for pruner in pruners:
-        alike: dict[tuple[int, int | None], list[tuple[int, VisualTokens]]] = {}
-        for number, limit in enumerate(pruner.budget.per_image(images.rows, batch)):
-            mask, given = left[number], images.tokens[number]
-            given = given if mask is None else given.only(mask)
-            n = len(given.embeddings)
-            if (count := pruner.budget.count(n, limit)) != n:
-                alike.setdefault((n, count), []).append((number, given))
-        for (_, count), members in alike.items():
-            for (number, _), kept in zip(members, pruner.select([given for _, given in members], count), strict=True):
+        given = [tokens if mask is None else tokens.only(mask) for tokens, mask in zip(images.tokens, left, strict=True)]
+        for number, kept in enumerate(pruner.keep_each(given, pruner.budget.per_image(images.rows, batch))):
+            if kept is not None:
                 mask, dropped = left[number], True
                 left[number] = kept if mask is None else mask.masked_scatter(mask, kept)
     if not dropped:

@@ -19,8 +19,9 @@ class PruneStats:
     the order they entered, newline embeddings included: as the image gives them, as they enter decoder layer 0, as they
     leave the last layer. text_before, text_final: text tokens of every prompt, where a pruner inside the decoder was at
     work. (`generate` with beams or several returned sequences runs every image several times; without a cache it does so at
-    every step: each counts.) kept, position: of the images of the latest call, the keep mask [n] bool in the last layer and
-    the grid place [n, 2] (row, column) of their tokens: what an overlay needs.
+    every step: each counts.) A video counts as one image. kept, position, frame: of the images of the latest call, the keep
+    mask [n] bool in the last layer, the grid place [n, 2] (row, column) of their tokens and which grid that is, [n] (0 where
+    there is one): what an overlay needs.
     """
 
     calls: int = 0
@@ -31,19 +32,22 @@ class PruneStats:
     text_final: list[int] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list, repr=False)
     position: list[Tensor] = field(default_factory=list, repr=False)
+    frame: list[Tensor] = field(default_factory=list, repr=False)
     _averages: list[float] = field(default_factory=list, repr=False)
     _seconds: float = field(default=0.0, repr=False)
     _spans: list[tuple[torch.Event, torch.Event]] = field(default_factory=list, repr=False)
 
-    def count(self, before: list[int], after: list[int], masks: list[Tensor] | None, positions: list[Tensor]) -> None:
-        """Add one call: tokens of its images before and after, keep masks (None: all kept) and grid places."""
+    def count(
+        self, before: list[int], after: list[int], masks: list[Tensor] | None, positions: list[Tensor], frames: list[Tensor]
+    ) -> None:
+        """Add one call: tokens of its images before and after, keep masks (None: all kept), grid places and grids."""
         self.calls += 1
         self.tokens_before += before
         self.tokens_after += after
         self.tokens_final += after
         self._averages += map(float, after)
         self.kept = [torch.ones(n, dtype=torch.bool) for n in before] if masks is None else masks
-        self.position = positions
+        self.position, self.frame = positions, frames
 
     def deepen(self, final: list[int], averages: list[float], masks: list[Tensor]) -> None:
         """Correct the images just counted: tokens and keep masks of the last layer, averages over layers."""

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codebook_prune import UserError
-from codebook_prune.budget import Budget
+from codebook_prune.budget import Budget, shares
 
 scores_of = st.lists(st.integers(0, 5).map(lambda i: i / 4), min_size=1, max_size=40)
 
@@ -107,3 +107,20 @@ def test_repeated_prompts_repeat_their_numbers(images: list[int], copies: int) -
 def test_a_wrong_number_of_numbers_is_refused(rows: list[int], batch: int) -> None:
     with pytest.raises(UserError, match="3 numbers for"):
         Budget(keep_tokens=(5, 6, 7)).per_image(rows, batch)
+
+
+def test_frames_share_a_budget_in_proportion_and_the_largest_remainders_get_what_is_left() -> None:
+    assert shares(10, [5, 5]) == [5, 5]
+    assert shares(3, [4, 4]) == [2, 1]  # 1.5 each: the earlier one
+    assert shares(7, [16, 30, 2]) == [2, 5, 0]  # 2.33, 4.375, 0.29: the largest remainder is the second's
+    assert shares(1, [9] * 8) == [1, 0, 0, 0, 0, 0, 0, 0]
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.data())
+def test_shares_add_up_and_fit(lengths: list[int], data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, sum(lengths)))
+    found = shares(count, lengths)
+    assert sum(found) == count
+    for share, length in zip(found, lengths, strict=True):
+        assert abs(share - count * length / sum(lengths)) < 1
+        assert 0 <= share <= length

@@ -36,8 +36,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, reference: tuple[Any, Any]) 
     for name, size in (("one.png", (96, 96)), ("two.jpg", (150, 90)), ("three.png", (96, 96))):
         noise_image(len(name), size).save(folder / name)
     model, processor = reference
-    pixels = processor.image_processor(Image.open(folder / "three.png"), return_tensors="pt")
-    tokens = adapter_for(model).encode(pixels).embeddings
+    inputs = processor(images=Image.open(folder / "three.png"), text="<image>", return_tensors="pt")
+    tokens = adapter_for(model).encode(inputs).embeddings
     write_codebook(folder / "codebook", model, tokens[::20])
     return folder
 

@@ -3,43 +3,82 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from codebook_schemas import UserError
+
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """Connector outputs of one or more images, in the order they enter the LLM.
+    """Connector outputs of one or more images or videos, in the order they enter the LLM.
 
-    embeddings: [n, d]. image: [n] long, which image each token belongs to. position: [n, 2] long, (row, column) in its image's
-    grid, (-1, -1) for newline and separator embeddings, which are never probed and never pruned. cls_similarity: [n] cosine to
-    the vision encoder's [CLS] at the feature layer, or None for encoders without one.
+    embeddings: [n, d]. image: [n] long, which item (image or video) each token belongs to. position: [n, 2] long, (row, column)
+    in its grid, (-1, -1) for newline and separator embeddings, which are never probed and never pruned. cls_similarity: [n]
+    cosine to the vision encoder's [CLS] at the feature layer, or None for encoders without one. frame: [n] long, which of its
+    item's grids each token lies in: the frame of a video, the crop or tile of an image (separators count with the grid they
+    stand behind); None where every item has one grid.
     """
 
     embeddings: Tensor
     image: Tensor
     position: Tensor
     cls_similarity: Tensor | None = None
-
-    def of_image(self, index: int) -> VisualTokens:
-        """The tokens of one image."""
-        return self.only(self.image == index)
+    frame: Tensor | None = None
 
     def only(self, chosen: Tensor) -> VisualTokens:
         """The tokens where `chosen` [n] bool is True."""
-        cls = None if self.cls_similarity is None else self.cls_similarity[chosen]
-        return VisualTokens(self.embeddings[chosen], self.image[chosen], self.position[chosen], cls)
+        cls, frame = (None if x is None else x[chosen] for x in (self.cls_similarity, self.frame))
+        return VisualTokens(self.embeddings[chosen], self.image[chosen], self.position[chosen], cls, frame)
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of the first image's grid."""
-        rows, columns = (self.position[self.image == self.image[0]].max(0).values + 1).tolist()
-        return rows, columns
+    def frames(self) -> list[VisualTokens]:
+        """One item's tokens grid by grid, in order, not copied."""
+        if self.frame is None:
+            return [self]
+        lengths = torch.unique_consecutive(self.frame, return_counts=True)[1].tolist()
+        parts = zip(*(torch.split(x, lengths) for x in (self.embeddings, self.image, self.position)), strict=True)
+        return [VisualTokens(*part) for part in parts]
+
+
+@dataclass(frozen=True)
+class EnteringTokens:
+    """The visual tokens of one call as they are about to enter the decoder, in order, row by row: what a layout is read off.
+
+    ids: [n] long, the placeholder of each. row, column: [n] long, batch row and place in it. These on the CPU. embeddings:
+    [n, d]. input_ids: [batch, length], with the text around them. call: the keyword arguments of the base model's forward;
+    inside `generate` the encoder has already run, and its outputs (`mm_encoder_outputs`) stand for pixels, image sizes and
+    grids. position_ids: what the decoder is given as such, None where it is left to count.
+    """
+
+    ids: Tensor
+    row: Tensor
+    column: Tensor
+    embeddings: Tensor
+    input_ids: Tensor
+    call: Mapping[str, Any]
+    position_ids: Tensor | None = None
+
+    def only(self, chosen: Tensor) -> EnteringTokens:
+        """The tokens where `chosen` [n] bool is True."""
+        part = replace(self, ids=self.ids[chosen], row=self.row[chosen], column=self.column[chosen])
+        return replace(part, embeddings=self.embeddings[chosen.to(self.embeddings.device)])
+
+    def runs(self) -> list[int]:
+        """Lengths of the stretches of tokens that follow each other with no text between."""
+        if not len(self.ids):
+            return []
+        place = self.row * self.input_ids.shape[1] + self.column
+        cut = ((place.diff() != 1) | (self.row.diff() != 0)).nonzero().flatten() + 1
+        return torch.tensor([0, *cut.tolist(), len(place)]).diff().tolist()
+
+
+NOT_WHOLE = "an image or video does not enter whole: a prefill in chunks (prefill_chunk_size) cannot be pruned"
 
 
 class VLMAdapter(ABC):
@@ -70,7 +109,7 @@ class VLMAdapter(ABC):
 
     @property
     def visual_token_ids(self) -> tuple[int, ...]:
-        """Ids of the placeholders that are replaced by visual embeddings."""
+        """Ids of the placeholders that are replaced by visual embeddings: of images, then of videos."""
         names = ("image_token_id", "video_token_id")
         return tuple(i for name in names if isinstance(i := getattr(self.config, name, None), int))
 
@@ -78,34 +117,59 @@ class VLMAdapter(ABC):
         """[batch, length] bool: where visual embeddings enter."""
         return torch.isin(input_ids, torch.tensor(self.visual_token_ids, device=input_ids.device))
 
-    def image_index(self, input_ids: Tensor, call: Mapping[str, Any]) -> Tensor:
-        """[batch, length] long: index of the image (over the whole batch) of each visual token, -1 for text.
+    def layout(self, entering: EnteringTokens) -> Tensor:
+        """Which item, which of its grids, which row and column each visual token is: [n, 4] long on the CPU.
 
-        `call` are the keyword arguments of the base model's forward, which tell how many tokens each image has.
-        """
-        mask = self.visual_mask(input_ids)
-        index = torch.full_like(input_ids, -1)
-        total = int(mask.sum())
-        if total:
-            lengths = torch.tensor(self.image_lengths(total, call), device=input_ids.device)
-            index[mask] = torch.arange(len(lengths), device=input_ids.device).repeat_interleave(lengths)
-        return index
-
-    @abstractmethod
-    def image_lengths(self, total: int, call: Mapping[str, Any]) -> list[int]:
-        """Tokens of every image in a call whose prompts hold `total` placeholders."""
-
-    @abstractmethod
-    def token_positions(self, lengths: Sequence[int]) -> Tensor:
-        """`VisualTokens.position` of images of these `lengths`, without running anything: [sum(lengths), 2] long on the CPU.
+        Items (images and videos together) are numbered in the order they enter, over the whole batch; the last three columns
+        are `frame` and `position` of `VisualTokens`.
 
         Raises:
-            UserError: no image of this family has such a length.
+            UserError: an item does not enter whole, or its grid cannot be told from the call.
         """
+        video = torch.isin(entering.ids, torch.tensor(self.visual_token_ids[1:]))
+        found = torch.empty(len(entering.ids), 4, dtype=torch.long)
+        for mine, of_kind in ((~video, self.image_layout), (video, self.video_layout)):
+            if bool(mine.any()):
+                found[mine] = of_kind(entering.only(mine))
+        key = torch.stack([video.long(), found[:, 0], entering.row], 1)
+        stretches, item = torch.unique_consecutive(key, dim=0, return_inverse=True)
+        if len(torch.unique(key[:, :2], dim=0)) != len(stretches):
+            raise UserError(NOT_WHOLE)
+        found[:, 0] = item
+        return found
 
     @abstractmethod
+    def image_layout(self, entering: EnteringTokens) -> Tensor:
+        """`layout` of the tokens that stand for images, numbered from 0 among themselves."""
+
+    def video_layout(self, entering: EnteringTokens) -> Tensor:
+        """`layout` of the tokens that stand for videos; families with a placeholder for videos have one.
+
+        Raises:
+            UserError: the family has none.
+        """
+        raise UserError(f"videos are not supported for {self.family}")
+
+    @torch.no_grad()
     def encode(self, inputs: Mapping[str, Any]) -> VisualTokens:
-        """Vision tower and connector on a processor's output, no LLM: the visual tokens of all images in it."""
+        """Vision tower and connector on a processor's output for images (`input_ids` among it), no LLM: their visual tokens."""
+        features = self.model.base_model.get_image_features
+        known = inspect.signature(features).parameters
+        given = {name: value for name, value in inputs.items() if name in known}
+        given["pixel_values"] = given["pixel_values"].to(self.model.dtype)
+        given = {name: value.to(self.model.device) if isinstance(value, Tensor) else value for name, value in given.items()}
+        out = features(**given, return_dict=True)
+        vectors = out.pooler_output
+        embeddings = vectors.flatten(0, -2) if isinstance(vectors, Tensor) else torch.cat(list(vectors)).flatten(0, -2)
+        entering = entering_tokens(self, {**inputs, "mm_encoder_outputs": {"image": out}}, embeddings)
+        places = self.layout(entering).to(embeddings.device)
+        frame = places[:, 1] if bool(places[:, 1].any()) else None
+        return VisualTokens(embeddings, places[:, 0], places[:, 2:], self.cls_similarity(out, inputs), frame)
+
+    def cls_similarity(self, out: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+        """`VisualTokens.cls_similarity` of `encode`, from what `get_image_features` returned; None: there is no [CLS]."""
+        del out, inputs
+        return None
 
     @property
     @abstractmethod
@@ -122,3 +186,32 @@ class VLMAdapter(ABC):
             sample = weight.detach().flatten()[:4096].to("cpu", torch.bfloat16)
             digest.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def entering_tokens(
+    adapter: VLMAdapter, call: Mapping[str, Any], embeddings: Tensor, position_ids: Tensor | None = None
+) -> EnteringTokens:
+    """The visual tokens of a call.
+
+    Args:
+        adapter: of the model that is called.
+        call: keyword arguments of the base model's forward, `input_ids` [batch, length] among them.
+        embeddings: [batch, length, d], what enters the decoder, or [n, d], the visual tokens among it.
+        position_ids: what the decoder is given.
+    """
+    ids: Tensor = call["input_ids"]
+    place = adapter.visual_mask(ids).flatten().nonzero().squeeze(1)
+    if embeddings.ndim == 3:
+        embeddings = embeddings.flatten(0, 1)[place.to(embeddings.device)]
+    chosen, place = ids.flatten()[place].cpu(), place.cpu()
+    return EnteringTokens(chosen, place // ids.shape[1], place % ids.shape[1], embeddings, ids, call, position_ids)
+
+
+def raster(rows: int, columns: int) -> Tensor:
+    """(row, column) of every cell of a grid in raster order: [rows * columns, 2] long."""
+    return torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2)
+
+
+def framed(item: int, frame: int, position: Tensor) -> Tensor:
+    """`VLMAdapter.layout` of one grid whose tokens lie at `position` [n, 2]: [n, 4]."""
+    return torch.cat([position.new_tensor([[item, frame]]).expand(len(position), -1), position], 1)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from codebook_prune.adapters.base import VisualTokens, VLMAdapter
+from codebook_prune.adapters.base import NOT_WHOLE, EnteringTokens, VLMAdapter, framed, raster
 from codebook_schemas import UserError
 
 
 class LlavaAdapter(VLMAdapter):
     """LlavaForConditionalGeneration, VipLlava: `vision_tower` + `multi_modal_projector` + any decoder."""
 
-    model_types: ClassVar[tuple[str, ...]] = ("llava",)
+    model_types: ClassVar[tuple[str, ...]] = ("llava", "vipllava")
 
     @property
     def connector(self) -> nn.Module:
@@ -23,63 +23,38 @@ class LlavaAdapter(VLMAdapter):
         module: nn.Module = self.model.base_model.multi_modal_projector
         return module
 
-    def image_lengths(self, total: int, call: Mapping[str, Any]) -> list[int]:
-        """All images have the same length (or their encoder outputs say theirs)."""
-        encoded = (call.get("mm_encoder_outputs") or {}).get("image")
-        if encoded is not None:
-            return [len(tokens) for tokens in encoded.pooler_output]
-        pixels = call.get("pixel_values")
-        images = len(pixels) if pixels is not None else 1
-        return [total // images] * images
-
-    def token_positions(self, lengths: Sequence[int]) -> torch.Tensor:
-        """See `VLMAdapter.token_positions`: every image is the vision tower's whole square, in raster order."""
-        vision, strategy = self.config.vision_config, self.config.vision_feature_select_strategy
+    @property
+    def square(self) -> Tensor:
+        """[n, 2] (row, column) of the tower's tokens for one crop; a [CLS] that enters the LLM stands in front, at (-1, -1)."""
+        vision = self.config.vision_config
         side = vision.image_size // vision.patch_size
-        raster = torch.arange(side * side)
-        position = torch.stack([raster // side, raster % side], 1)
-        if strategy == "full" and vision.model_type == "clip_vision_model":  # [CLS] enters the LLM too
-            position = torch.cat([position.new_full((1, 2), -1), position])
-        for length in lengths:
-            if length != len(position):
-                raise UserError(
-                    f"an image enters with {length} of its {len(position)} tokens: a prefill in chunks (prefill_chunk_size) "
-                    "cannot be pruned, nor can images of other sizes"
-                )
-        return position.repeat(len(lengths), 1)
+        strategy = getattr(self.config, "vision_feature_select_strategy", "default")
+        place = raster(side, side)
+        return torch.cat([place.new_full((1, 2), -1), place]) if strategy == "full" and self.has_cls else place
 
-    @torch.no_grad()
-    def encode(self, inputs: Mapping[str, Any]) -> VisualTokens:
-        """See `VLMAdapter.encode`; the grid is square-patch raster order, [CLS] similarity is taken at the feature layer."""
-        base, config = self.model.base_model, self.config
-        pixels = inputs["pixel_values"].to(self.model.device, self.model.dtype)
-        out = base.get_image_features(
-            pixel_values=pixels,
-            vision_feature_layer=config.vision_feature_layer,
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
-            return_dict=True,
-        )
-        embeddings = torch.stack(list(out.pooler_output))
-        images, n, _ = embeddings.shape
-        patch = config.vision_config.patch_size
-        rows, columns = pixels.shape[-2] // patch, pixels.shape[-1] // patch
-        raster = torch.arange(rows * columns, device=embeddings.device)
-        position = torch.stack([raster // columns, raster % columns], 1)
-        if n == rows * columns + 1:  # select strategy "full": [CLS] enters the LLM too
-            position = torch.cat([position.new_full((1, 2), -1), position])
-        return VisualTokens(
-            embeddings.flatten(0, 1),
-            torch.arange(images, device=embeddings.device).repeat_interleave(n),
-            position.repeat(images, 1),
-            self._cls_similarity(out, n),
-        )
+    @property
+    def has_cls(self) -> bool:
+        """Whether the vision tower puts a [CLS] in front of its patches."""
+        return bool(self.config.vision_config.model_type == "clip_vision_model")
 
-    def _cls_similarity(self, out: Any, tokens: int) -> torch.Tensor | None:
+    def image_layout(self, entering: EnteringTokens) -> Tensor:
+        """See `VLMAdapter.image_layout`: every image is the vision tower's whole square, in raster order."""
+        square = self.square
+        images, rest = divmod(len(entering.ids), len(square))
+        if rest:
+            raise UserError(NOT_WHOLE)
+        return torch.cat([framed(image, 0, square) for image in range(images)])
+
+    def cls_similarity(self, out: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+        """See `VLMAdapter.cls_similarity`: at the feature layer, 1 for a [CLS] that enters itself."""
+        cosine = self.cls_cosine(out)
+        return None if cosine is None else cosine.flatten()
+
+    def cls_cosine(self, out: Any) -> Tensor | None:
+        """Cosine to [CLS] of every crop's tokens at the feature layer: [crops, n]."""
         layer = self.config.vision_feature_layer
-        hidden = None if not isinstance(layer, int) or out.hidden_states is None else out.hidden_states[layer]
-        if hidden is None or hidden.shape[1] not in (tokens, tokens + 1):
+        if not self.has_cls or not isinstance(layer, int) or out.hidden_states is None:
             return None
-        patches = hidden[:, 1:] if hidden.shape[1] == tokens + 1 else hidden
-        if self.config.vision_config.model_type != "clip_vision_model":
-            return None
-        return torch.cosine_similarity(patches.float(), hidden[:, :1].float(), dim=-1).flatten()
+        hidden = out.hidden_states[layer].float()
+        cosine = torch.cosine_similarity(hidden, hidden[:, :1], dim=-1)
+        return cosine[:, -len(self.square) :]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from codebook_prune.adapters.base import VisualTokens, VLMAdapter
-from codebook_prune.budget import Budget
+from codebook_prune.budget import Budget, lowest, shares
 from codebook_prune.layer_view import LayerView
 from codebook_prune.stats import PruneStats
 from codebook_schemas import UserError
@@ -55,7 +55,7 @@ class Pruner:
         )
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        """Redundancy of the tokens of ONE image: [n], higher = dropped first.
+        """Redundancy of the tokens of ONE grid (an image, one of its crops, a video's frame): [n], higher = dropped first.
 
         `tokens` holds no newline embeddings, and in a chain only what earlier pruners kept; `cls_similarity` is None.
         """
@@ -75,7 +75,7 @@ class Pruner:
                 raise ValueError(
                     f"{type(self).__name__}.score returned {list(scores.shape)} for {len(tokens.embeddings)} tokens"
                 )
-            masks.append(self.budget.mask(scores, count))
+            masks.append(self.budget.mask(scores) if count is None else lowest(scores, count))
         return torch.stack(masks)
 
     def check(self, adapter: VLMAdapter) -> None:
@@ -83,15 +83,43 @@ class Pruner:
         del adapter
 
     def keep(self, tokens: VisualTokens, keep_tokens: int | None = None) -> Tensor | None:
-        """Keep mask [n] bool of one image's tokens, or None when the budget holds them all (nothing is scored then).
+        """`keep_each` of one image or video."""
+        return self.keep_each([tokens], [keep_tokens])[0]
+
+    def keep_each(self, items: Sequence[VisualTokens], limits: Sequence[int | None]) -> list[Tensor | None]:
+        """Keep mask [n] bool of every image or video, None where the budget holds all its tokens (nothing is scored then).
+
+        A video's frames, and the crops or tiles of an image, are chosen from one by one; each has its share of the item's
+        budget. Those of equal sizes and shares, of all items, go through `select` together.
 
         Args:
-            tokens: one image's tokens, without newlines.
-            keep_tokens: this image's own number, where the budget holds one an image.
+            items: their tokens, without newlines.
+            limits: each one's own `keep_tokens`, where the budget holds one an item.
         """
-        n = len(tokens.embeddings)
-        count = self.budget.count(n, keep_tokens)
-        return None if count == n else self.select([tokens], count)[0]
+        grids: list[tuple[VisualTokens, int | None]] = []
+        owners: list[int] = []
+        for number, (tokens, limit) in enumerate(zip(items, limits, strict=True)):
+            n = len(tokens.embeddings)
+            if (count := self.budget.count(n, limit)) != n:
+                frames = tokens.frames()
+                lengths = [len(frame.embeddings) for frame in frames]
+                grids += zip(frames, [None] * len(frames) if count is None else shares(count, lengths), strict=True)
+                owners += [number] * len(frames)
+        masks = self._keep_grids(grids)
+        parts = [[mask for owner, mask in zip(owners, masks, strict=True) if owner == number] for number in range(len(items))]
+        return [torch.cat(part) if part else None for part in parts]
+
+    def _keep_grids(self, grids: Sequence[tuple[VisualTokens, int | None]]) -> list[Tensor]:
+        """Keep mask [n] bool of every grid, given how many of its tokens stay."""
+        masks = [frame.image.new_full((len(frame.image),), count != 0, dtype=torch.bool) for frame, count in grids]
+        alike: dict[tuple[int, int | None], list[int]] = {}
+        for i, (frame, count) in enumerate(grids):
+            if count is None or 0 < count < len(frame.image):
+                alike.setdefault((len(frame.image), count), []).append(i)
+        for (_, count), members in alike.items():
+            for i, mask in zip(members, self.select([grids[i][0] for i in members], count), strict=True):
+                masks[i] = mask
+        return masks
 
     def __call__(self, model: Any) -> AbstractContextManager[PruneStats]:
         """A block in which `model` (a supported transformers VLM) is pruned; it yields `stats`, reset on entry.
