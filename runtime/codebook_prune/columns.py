@@ -27,6 +27,20 @@ def gather_columns(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
 
+def spread(values: Tensor, index: Tensor, valid: Tensor, length: int) -> Tensor:
+    """Undo `packed`: [batch, length, d] with `values` [batch, new, d] at the columns they came from, zeros at all others."""
+    values = values.masked_fill(~valid.unsqueeze(-1), 0)
+    zeros = values.new_zeros(len(values), length, values.shape[-1])
+    return zeros.scatter(1, index.unsqueeze(-1).expand_as(values), values)
+
+
+def ignore_unpredicted(labels: Tensor, index: Tensor, valid: Tensor) -> None:
+    """Set the labels [batch, length] to -100 (in place) whose predicting token, one column to the left, is not among the
+    columns `index` [batch, new] that are `valid`: the loss passes over them."""
+    left = torch.zeros(labels.shape, dtype=torch.bool, device=index.device).scatter_(1, index, valid)
+    labels[:, 1:].masked_fill_(~left[:, :-1].to(labels.device), -100)
+
+
 def join(past: Tensor | None, new: Tensor | None, rows: int, past_length: int, new_length: int) -> Tensor:
     """[rows, past_length + new_length] bool; a missing half is all True."""
     device = next((half.device for half in (past, new) if half is not None), None)

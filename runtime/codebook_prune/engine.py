@@ -9,8 +9,10 @@ holds the pruned one.
 Pruners inside the decoder act in `layers`; a cache pruned by them goes on only in a block with such a pruner.
 
 What a caller sees. Masks and positions are always given as without pruning. The logits (and hidden states) of a call in which
-images enter have the pruned length, the last token last; therefore `labels` are refused. The rows of a cache may be reordered
-among copies of one prompt (beams), not among prompts. A call in which nothing is dropped is left untouched, bit for bit.
+images enter have the pruned length, the last token last; therefore `labels` are refused. In a block of `full_length` logits and
+last hidden states have the caller's length instead, zeros where tokens were dropped, and labels that only a dropped token
+predicts are ignored. The rows of a cache may be reordered among copies of one prompt (beams), not among prompts. A call in
+which nothing is dropped is left untouched, bit for bit.
 One block a model at a time, one thread a block.
 """
 
@@ -35,7 +37,7 @@ from codebook_prune.cache_state import (
     stages_of,
     state_of,
 )
-from codebook_prune.columns import gather_columns, join, packed
+from codebook_prune.columns import gather_columns, ignore_unpredicted, join, packed, spread
 from codebook_prune.layers import Entered, LayerDrops
 from codebook_prune.pruners.base import LayerPruner, Pruner
 from codebook_prune.selection import EnteringImages, entering_images, keep_masks
@@ -46,13 +48,16 @@ Arguments = dict[str, Any]
 
 
 @contextmanager
-def pruned(model: Any, pruners: Sequence[Pruner | LayerPruner], stats: PruneStats) -> Iterator[PruneStats]:
+def pruned(
+    model: Any, pruners: Sequence[Pruner | LayerPruner], stats: PruneStats, full_length: bool = False
+) -> Iterator[PruneStats]:
     """A block in which every call of `model` is pruned; leaving it, also by an exception, removes every trace.
 
     Args:
         model: a transformers vision-language model of a supported family.
         pruners: applied in this order, each to what the one before kept; those inside the decoder layer by layer.
         stats: reset, filled, and yielded.
+        full_length: give last hidden states and logits the caller's length, so that `labels` can be given.
 
     Raises:
         UserError: unsupported model type, sliding-window or chunked attention, a pruner that does not fit the model, or a model
@@ -66,7 +71,7 @@ def pruned(model: Any, pruners: Sequence[Pruner | LayerPruner], stats: PruneStat
     for pruner in pruners:
         if isinstance(pruner, Pruner):
             pruner.check(adapter)
-    engine = Engine(adapter, pruners, stats)
+    engine = Engine(adapter, pruners, stats, full_length)
     stats.reset()
     handles: list[Any] = []
     try:
@@ -84,19 +89,30 @@ def pruned(model: Any, pruners: Sequence[Pruner | LayerPruner], stats: PruneStat
 class Engine:
     """The hooks of one block, and what one call hands from one to the next."""
 
-    def __init__(self, adapter: VLMAdapter, pruners: Sequence[Pruner | LayerPruner], stats: PruneStats) -> None:
-        self.adapter, self.stats = adapter, stats
+    def __init__(
+        self, adapter: VLMAdapter, pruners: Sequence[Pruner | LayerPruner], stats: PruneStats, full_length: bool
+    ) -> None:
+        self.adapter, self.stats, self.full_length = adapter, stats, full_length
         self.pruners = tuple(pruner for pruner in pruners if isinstance(pruner, Pruner))
         self.drops = LayerDrops(adapter, [pruner for pruner in pruners if isinstance(pruner, LayerPruner)], stats)
         self.compact = any(pruner.positions == "compact" for pruner in self.pruners)
         self._names = {module: parameter_names(module) for module in (adapter.model, adapter.model.base_model)}
         self._call: Arguments | None = None
         self._state = UNPRUNED
+        self._labels: Tensor | None = None
+        self._left: tuple[Tensor, Tensor] | None = None  # the call's columns that enter, as `packed` gives them; None: all
+        self._length = 0  # the call's columns before any drop
 
-    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
-        """Refuse training: the loss would compare logits of the pruned length with labels of the unpruned one."""
-        if named(self._names[module], args, kwargs).get("labels") is not None:
-            raise UserError("labels cannot be given while tokens are pruned: the logits have the pruned length")
+    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> tuple[tuple[()], Arguments] | None:
+        """Take labels over, to be ignored where tokens are dropped; refuse them where logits have the pruned length."""
+        self._labels = None
+        call = named(self._names[module], args, kwargs)
+        if call.get("labels") is None:
+            return None
+        if not self.full_length:
+            raise UserError("labels cannot be given while logits have the pruned length: prune with full_length=True")
+        self._labels = call["labels"].clone()
+        return (), call | {"labels": self._labels}
 
     def before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> tuple[tuple[()], Arguments]:
         """Learn the call; where `generate` resends tokens that a pruned cache already holds, cut them off."""
@@ -129,28 +145,34 @@ class Engine:
             )
         for held in stages.values():
             held.check_rows(len(kwargs["inputs_embeds"]))
-        self._state, images, index = state, None, None
+        self._state, self._left, self._length, images = state, None, kwargs["inputs_embeds"].shape[1], None
         changed = self._continued(kwargs, state, cached) if state.pruned else {}
         if brings_images(call):
             with self.stats.timed(kwargs["inputs_embeds"].device):
                 images = entering_images(self.adapter, call, kwargs["inputs_embeds"], kwargs.get("position_ids"))
                 keep = None if images is None else self._choose(images, kwargs["inputs_embeds"])
                 if keep is not None:
-                    changed, self._state, index = self._shortened(kwargs, keep, state, cached)
+                    changed, self._state = self._shortened(kwargs, keep, state, cached)
         if self.drops.plan:
-            self.drops.begin(self._entered(kwargs, changed, images, index, state, stages))
+            self.drops.begin(self._entered(kwargs, changed, images, state, stages))
         return ((), kwargs | changed) if changed else None
 
     def after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments, output: Any) -> None:
-        """Tie what is known about the sequence to the cache that now holds it."""
-        attach_state(getattr(output, "past_key_values", None), self._state, self.drops.finish())
+        """Tie what is known about the sequence to the cache that now holds it; restore the length where that is asked for."""
+        stages, deeper = self.drops.finish()
+        attach_state(getattr(output, "past_key_values", None), self._state, stages)
+        left = deeper or self._left
+        if self.full_length and left is not None:
+            output.last_hidden_state = spread(output.last_hidden_state, *left, self._length)
+            if self._labels is not None:
+                ignore_unpredicted(self._labels, *left)
+        self._left = self._labels = None
 
     def _entered(
         self,
         kwargs: Arguments,
         changed: Arguments,
         images: EnteringImages | None,
-        index: Tensor | None,
         state: CacheState,
         stages: dict[int, CacheState],
     ) -> Entered:
@@ -162,8 +184,8 @@ class Engine:
         return Entered(
             prompt=cached == 0 or images is not None,
             given=kwargs.get("attention_mask"),
-            length=kwargs["inputs_embeds"].shape[1],
-            index=index,
+            length=self._length,
+            index=None if self._left is None else self._left[0],
             valid=torch.ones(rows, columns, dtype=torch.bool, device=device)
             if mask is None
             else mask[:, -columns:].to(device, torch.bool),
@@ -181,11 +203,8 @@ class Engine:
         mask = None if past is None and new is None else join(past, new, len(embeds), cached, embeds.shape[1])
         return {"attention_mask": mask, "position_ids": self._positions(kwargs, state, cached) - state.shift}
 
-    def _shortened(
-        self, kwargs: Arguments, keep: Tensor, state: CacheState, cached: int
-    ) -> tuple[Arguments, CacheState, Tensor]:
-        """The decoder's arguments without the tokens `keep` [batch, length] leaves out, the cache's state afterwards, and the
-        columns [batch, new length] that enter."""
+    def _shortened(self, kwargs: Arguments, keep: Tensor, state: CacheState, cached: int) -> tuple[Arguments, CacheState]:
+        """The decoder's arguments without the tokens `keep` [batch, length] leaves out, and the cache's state afterwards."""
         embeds = kwargs["inputs_embeds"]
         batch, length = keep.shape
         state.check_rows(batch)
@@ -205,7 +224,8 @@ class Engine:
             "position_ids": positions.gather(1, index).masked_fill(~valid, 0),
             "attention_mask": mask,
         }
-        return changed, after, index
+        self._left = index, valid
+        return changed, after
 
     def _positions(self, kwargs: Arguments, state: CacheState, cached: int) -> Tensor:
         """Positions [batch, length] of the unpruned sequence: the caller's, or those the model would fill in."""

@@ -86,18 +86,26 @@ class LayerDrops:
             tap.clear()
             tap.on = call.prompt and number in self._previous
 
-    def finish(self) -> dict[int, CacheState]:
-        """End the call: count, forget it, and tell what the cache's layers now hold."""
+    def finish(self) -> tuple[dict[int, CacheState], tuple[Tensor, Tensor] | None]:
+        """End the call: count, forget it.
+
+        Returns:
+            What the cache's layers now hold; which of the call's columns left the last layer, as `packed` gives them (None:
+            none was dropped between layers).
+        """
         call, self._call = self._call, None
         for tap in self.taps.values():
             tap.clear()
         if call is None:
-            return {}
+            return {}, None
         if call.prompt and self.plan:
             self._count(call)
+        left = None
+        if self._column is not None:
+            left = self._column if call.index is None else call.index.gather(1, self._column), self._valid
         self._now = self._column = self._closed = None
         self._kept = []
-        return dict(sorted(self._stages.items()))
+        return dict(sorted(self._stages.items())), left
 
     def before_layer(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Any:
         """Drop in front of a layer where the plan says so; give it the arguments of its stage."""

@@ -121,15 +121,18 @@ class Pruner:
                 masks[i] = mask
         return masks
 
-    def __call__(self, model: Any) -> AbstractContextManager[PruneStats]:
+    def __call__(self, model: Any, *, full_length: bool = False) -> AbstractContextManager[PruneStats]:
         """A block in which `model` (a supported transformers VLM) is pruned; it yields `stats`, reset on entry.
+
+        `full_length`: logits get the unpruned length back, zeros where tokens were dropped, and `labels` may be given: those
+        that only a dropped token predicts are ignored.
 
         Raises:
             UserError: unsupported model, or one that is already inside such a block (when entered).
         """
         from codebook_prune.engine import pruned
 
-        return pruned(model, (self,), self.stats)
+        return pruned(model, (self,), self.stats, full_length)
 
     def __or__(self, other: Pruner | LayerPruner | PrunerChain) -> PrunerChain:
         """This pruner, then `other` on what it kept."""
@@ -171,11 +174,11 @@ class LayerPruner(ABC):
     def keep(self, view: LayerView) -> Tensor:
         """Keep mask [batch, length] bool over the columns of `view`; all that is neither visual nor text must stay."""
 
-    def __call__(self, model: Any) -> AbstractContextManager[PruneStats]:
+    def __call__(self, model: Any, *, full_length: bool = False) -> AbstractContextManager[PruneStats]:
         """See `Pruner.__call__`."""
         from codebook_prune.engine import pruned
 
-        return pruned(model, (self,), self.stats)
+        return pruned(model, (self,), self.stats, full_length)
 
     def __or__(self, other: Pruner | LayerPruner | PrunerChain) -> PrunerChain:
         """This pruner, then `other` on what it kept."""
@@ -210,11 +213,11 @@ class PrunerChain:
         """This chain, then `other`."""
         return PrunerChain(self.pruners + (other.pruners if isinstance(other, PrunerChain) else (other,)))
 
-    def __call__(self, model: Any) -> AbstractContextManager[PruneStats]:
+    def __call__(self, model: Any, *, full_length: bool = False) -> AbstractContextManager[PruneStats]:
         """See `Pruner.__call__`."""
         from codebook_prune.engine import pruned
 
-        return pruned(model, self.pruners, self.stats)
+        return pruned(model, self.pruners, self.stats, full_length)
 
 
 def _check_positions(positions: object) -> None:
