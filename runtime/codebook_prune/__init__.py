@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from codebook_prune.adapters.loading import load_model
     from codebook_prune.codebook import Codebook
+    from codebook_prune.pruners.cdpruner import CDPrunerPruner
     from codebook_prune.pruners.codebook import CodebookPruner
     from codebook_prune.pruners.codebook_diversity import CodebookDiversityPruner
     from codebook_prune.pruners.context import ContextPruner
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from codebook_schemas.errors import UserError
 
 __all__ = [
+    "CDPrunerPruner",
     "Codebook",
     "CodebookDiversityPruner",
     "CodebookPruner",
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CDPrunerPruner": "codebook_prune.pruners.cdpruner",
     "Codebook": "codebook_prune.codebook",
     "CodebookDiversityPruner": "codebook_prune.pruners.codebook_diversity",
     "CodebookPruner": "codebook_prune.pruners.codebook",

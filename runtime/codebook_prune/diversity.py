@@ -11,9 +11,11 @@ from torch import Tensor
 
 from codebook_prune.adapters.base import VisualTokens
 
+SMALLEST_GAIN = 1e-10
+
 
 def unit_features(images: Sequence[VisualTokens], centered: bool = False) -> Tensor:
-    """L2-normalised embeddings [images, n, d] of images of n tokens each, in their own dtype; made in float32.
+    """L2-normalised embeddings of images of n tokens each: [images, n, d] float32.
 
     Args:
         images: the tokens of each.
@@ -22,11 +24,15 @@ def unit_features(images: Sequence[VisualTokens], centered: bool = False) -> Ten
     features = torch.stack([tokens.embeddings for tokens in images]).float()
     if centered:
         features = features - features.mean(1, keepdim=True)
-    return F.normalize(features, dim=-1).to(images[0].embeddings.dtype)
+    return F.normalize(features, dim=-1)
 
 
-def cosine_distances(units: Tensor) -> Tensor:
-    """1 - cosine of every pair of an image's tokens: [images, n, n] float32 from unit features [images, n, d]."""
+def cosine_distances(images: Sequence[VisualTokens], centered: bool = False) -> Tensor:
+    """1 - cosine of every pair of an image's tokens: [images, n, n] float32, from a product in the tokens' own dtype.
+
+    Arguments as in `unit_features`.
+    """
+    units = unit_features(images, centered).to(images[0].embeddings.dtype)
     return (units @ units.mT).float().neg_().add_(1)
 
 
@@ -70,3 +76,30 @@ def _together(distances: Tensor, first: Tensor, count: int) -> Tensor:
         torch.minimum(nearest, rows.index_select(0, chosen + offset), out=nearest)
         chosen = nearest.argmax(1)
     return (nearest == -torch.inf).scatter_(1, chosen.unsqueeze(1), True)
+
+
+def most_probable(kernel: Tensor, count: int) -> Tensor:
+    """Greedy maximum a posteriori of a determinantal point process: always add the token that raises the determinant most.
+
+    Incremental Cholesky factors (Chen et al., arXiv 1709.05135, algorithm 1), all images together: O(n * count^2).
+
+    Args:
+        kernel: [images, n, n] float32, symmetric, positive semidefinite.
+        count: tokens chosen of each image, 1 to n.
+
+    Returns:
+        [images, n] bool, True = chosen. Of equal gains the token of lowest index is chosen.
+    """
+    images, n, _ = kernel.shape
+    rows, offset = kernel.flatten(0, 1), torch.arange(0, images * n, n, device=kernel.device)
+    gain = kernel.diagonal(dim1=1, dim2=2).clone()
+    factors = kernel.new_empty(images, count, n)
+    for step in range(count):
+        chosen = gain.argmax(1, keepdim=True)
+        root = gain.gather(1, chosen).clamp_(min=SMALLEST_GAIN).sqrt_()
+        known = factors[:, :step]
+        shares = known.gather(2, chosen.unsqueeze(1).expand(-1, step, -1))
+        factor = (rows[chosen[:, 0] + offset] - (shares.mT @ known)[:, 0]) / root
+        factors[:, step] = factor
+        gain.sub_(factor.square_()).scatter_(1, chosen, -torch.inf)
+    return gain == -torch.inf

@@ -95,6 +95,7 @@ class Engine:
         self.adapter, self.stats, self.full_length = adapter, stats, full_length
         self.pruners = tuple(pruner for pruner in pruners if isinstance(pruner, Pruner))
         self.drops = LayerDrops(adapter, [pruner for pruner in pruners if isinstance(pruner, LayerPruner)], stats)
+        self.with_text = any(pruner.sees_text for pruner in self.pruners)
         self.compact = any(pruner.positions == "compact" for pruner in self.pruners)
         self._names = {module: parameter_names(module) for module in (adapter.model, adapter.model.base_model)}
         self._call: Arguments | None = None
@@ -149,8 +150,9 @@ class Engine:
         changed = self._continued(kwargs, state, cached) if state.pruned else {}
         if brings_images(call):
             with self.stats.timed(kwargs["inputs_embeds"].device):
-                images = entering_images(self.adapter, call, kwargs["inputs_embeds"], kwargs.get("position_ids"))
-                keep = None if images is None else self._choose(images, kwargs["inputs_embeds"])
+                embeds, positions = kwargs["inputs_embeds"], kwargs.get("position_ids")
+                images = entering_images(self.adapter, call, embeds, positions, self.with_text)
+                keep = None if images is None else self._choose(images, embeds)
                 if keep is not None:
                     changed, self._state = self._shortened(kwargs, keep, state, cached)
         if self.drops.plan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,9 +31,11 @@ class EnteringImages:
 
 
 def entering_images(
-    adapter: VLMAdapter, call: Mapping[str, Any], embeds: Tensor, position_ids: Tensor | None
+    adapter: VLMAdapter, call: Mapping[str, Any], embeds: Tensor, position_ids: Tensor | None, with_text: bool = False
 ) -> EnteringImages | None:
     """Cut the visual tokens out of a call's input embeddings [batch, length, d]; None when there are none.
+
+    `with_text` fills in `VisualTokens.text`: what else is in the row, padding left out.
 
     Raises:
         UserError: an image or video does not enter whole, or its grid cannot be told.
@@ -50,8 +52,19 @@ def entering_images(
         VisualTokens(vectors, place[:, 0], place[:, 2:], frame=place[:, 1] if bool(frame.any()) else None)
         for (vectors, place), frame in zip(parts, frames, strict=True)
     ]
-    column = (entering.row * embeds.shape[1] + entering.column).to(embeds.device)
-    return EnteringImages(tokens, column, lengths, entering.row[starts].tolist(), list(positions), list(frames))
+    column, rows = (entering.row * embeds.shape[1] + entering.column).to(embeds.device), entering.row[starts].tolist()
+    if with_text:
+        texts = {row: _text(adapter, call, embeds, row) for row in set(rows)}
+        tokens = [replace(own, text=texts[row]) for own, row in zip(tokens, rows, strict=True)]
+    return EnteringImages(tokens, column, lengths, rows, list(positions), list(frames))
+
+
+def _text(adapter: VLMAdapter, call: Mapping[str, Any], embeds: Tensor, row: int) -> Tensor:
+    """Input embeddings [t, d] of a row's text."""
+    text, mask = ~adapter.visual_mask(call["input_ids"][row]), call.get("attention_mask")
+    if mask is not None:
+        text = text & mask[row, -len(text) :].to(text.device, torch.bool)
+    return embeds[row, text.to(embeds.device)].detach()
 
 
 def keep_masks(pruners: Sequence[Pruner], images: EnteringImages, batch: int) -> list[Tensor] | None:

@@ -57,3 +57,37 @@ def codebook_diversity(
                 values[i] = (1 - redundancy[i]) ** strength * min(1 - cosine(places[i], places[j]) for j in chosen)
         chosen.append(first_best(values))
     return chosen
+
+
+def determinant(matrix: Sequence[Vector]) -> float:
+    """By elimination with pivoting."""
+    rows, product = [list(row) for row in matrix], 1.0
+    for i in range(len(rows)):
+        pivot = max(range(i, len(rows)), key=lambda k: abs(rows[k][i]))
+        if rows[pivot][i] == 0:
+            return 0.0
+        if pivot != i:
+            rows[i], rows[pivot], product = rows[pivot], rows[i], -product
+        product *= rows[i][i]
+        for row in rows[i + 1 :]:
+            share = row[i] / rows[i][i]
+            row[:] = [x - share * y for x, y in zip(row, rows[i], strict=True)]
+    return product
+
+
+def cdpruner(vectors: Sequence[Vector], text: Sequence[Vector], keep: int, theta: float | None = None) -> list[int]:
+    """Tokens in the order they are chosen: each gives the largest determinant of the kernel over the chosen ones."""
+    relevance = [sum(cosine(v, t) for t in text) / len(text) for v in vectors]
+    low, high = min(relevance), max(relevance)
+    weight = [(r - low + 1e-6) / (high - low + 1e-6) for r in relevance]
+    if theta is not None:
+        weight = [math.exp(theta / (2 * (1 - theta)) * w) for w in weight]
+    same = [[1.0 if v is w else cosine(v, w) for w in vectors] for v in vectors]
+    chosen: list[int] = []
+    while len(chosen) < keep:
+        values = {}
+        for i in set(range(len(vectors))) - set(chosen):
+            some = [*chosen, i]
+            values[i] = determinant([[weight[a] * same[a][b] * weight[b] for b in some] for a in some])
+        chosen.append(first_best(values))
+    return chosen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,20 @@ import pytest
 import torch
 from codebook_folder import write_codebook
 from conftest import tiny_llava
+from oracle import inputs_of, prompt
 from torch import Tensor
 
-from codebook_prune import Codebook, CodebookDiversityPruner, DivPrunePruner, UserError
+from codebook_prune import CDPrunerPruner, Codebook, CodebookDiversityPruner, DivPrunePruner, UserError
 from codebook_prune.adapters.base import VisualTokens
-from codebook_prune.diversity import _together, cosine_distances, farthest_first, unit_features
+from codebook_prune.diversity import _together, cosine_distances, farthest_first
 from codebook_prune.pruners.base import Pruner
 
 MODEL = tiny_llava()
 
 
-def tokens_of(vectors: Tensor) -> VisualTokens:
+def tokens_of(vectors: Tensor, text: Tensor | None = None) -> VisualTokens:
     place = torch.arange(len(vectors))
-    return VisualTokens(vectors, torch.zeros(len(vectors)).long(), torch.stack([place // 6, place % 6], 1))
+    return VisualTokens(vectors, torch.zeros(len(vectors)).long(), torch.stack([place // 6, place % 6], 1), text=text)
 
 
 def at_angles(degrees: list[float]) -> VisualTokens:
@@ -112,13 +114,60 @@ def test_codebook_diversity_equals_the_loop(fields: dict[str, Any], keep: int, t
         assert kept(pruner, tokens_of(vectors)) == sorted(expected)
 
 
+def test_cdpruner_by_hand() -> None:
+    """Tokens 0 and 1 are the same direction, 2, 3, 4 are at right angles to all others. The text looks at 0.8, 0.8, 0.5, 0.3, 0
+    of them: the first and its twin are the most relevant, but the twin adds no volume."""
+    vectors = torch.eye(5)[[0, 0, 1, 2, 3]] * torch.tensor([[1.0], [9], [2], [3], [4]])
+    text = 7 * torch.tensor([[0.8, 0.5, 0.3, 0, 0.14**0.5]])
+    tokens = tokens_of(vectors, torch.cat([text, text]))
+    assert [kept(CDPrunerPruner(keep_tokens=k), tokens) for k in (1, 2, 3)] == [[0], [0, 2], [0, 2, 3]]
+    other = tokens_of(vectors, torch.tensor([[0.0, 0, 0, 1, 0]]))
+    assert kept(CDPrunerPruner(keep_tokens=1), other) == [4]  # another question, another token
+    assert kept(CDPrunerPruner(keep_tokens=4, theta=0), other) == [0, 2, 3, 4]  # no question at all
+    with pytest.raises(UserError, match="no text"):
+        kept(CDPrunerPruner(keep_tokens=1), tokens_of(vectors))
+
+
+@pytest.mark.parametrize("theta", [None, 0.0, 0.5, 0.9])
+@pytest.mark.parametrize("keep", [1, 2, 8, 11])
+def test_cdpruner_equals_the_determinants(keep: int, theta: float | None) -> None:
+    for seed in range(2):
+        vectors, text = noise(12, seed, 20), noise(3, seed + 10, 20)
+        expected = by_hand.cdpruner(vectors.double().tolist(), text.double().tolist(), keep, theta)
+        assert kept(CDPrunerPruner(keep_tokens=keep, theta=theta), tokens_of(vectors, text)) == sorted(expected)
+
+
+def test_twins_beyond_the_rank_still_fill_the_budget() -> None:
+    tokens = tokens_of(torch.eye(3).repeat(4, 1), torch.ones(2, 3))
+    assert [len(kept(CDPrunerPruner(keep_tokens=k, theta=0.5), tokens)) for k in (3, 4, 11)] == [3, 4, 11]
+    assert kept(CDPrunerPruner(keep_tokens=3, theta=0.5), tokens) == [0, 1, 2]
+
+
+@torch.no_grad()
+def test_a_pruner_that_asks_sees_the_text_of_its_own_row() -> None:
+    prompts, seen = [prompt(0, 0), prompt(1, 1), prompt(2, 2)], []
+
+    class Reader(CDPrunerPruner):
+        def select(self, images: Sequence[VisualTokens], count: int | None) -> Tensor:
+            seen.extend(tokens.text for tokens in images)
+            return super().select(images, count)
+
+    with Reader(keep_tokens=3)(MODEL):
+        MODEL(**inputs_of(prompts))
+    for p, text in zip([prompts[1], prompts[2], prompts[2]], seen, strict=True):
+        ids = inputs_of([p])["input_ids"][0]
+        assert torch.equal(text, MODEL.get_input_embeddings()(ids[ids != MODEL.config.image_token_id]))
+
+
 def test_images_chosen_from_together_are_as_alone(tmp_path: Path) -> None:
-    images, book = [tokens_of(noise(20, seed)) for seed in range(4)], codebook_of(tmp_path, noise(3, 9))
+    images = [tokens_of(noise(20, seed), noise(seed + 1, 30)) for seed in range(4)]
+    book = codebook_of(tmp_path, noise(3, 9))
     for pruner in (
         DivPrunePruner(keep_tokens=7),
         DivPrunePruner(keep_tokens=7, centered=True),
         CodebookDiversityPruner(book, keep_tokens=7),
         CodebookDiversityPruner(book, keep_tokens=7, remove_above=0.2, top_k=2),
+        CDPrunerPruner(keep_tokens=7),
     ):
         together = pruner.select(images, 7)
         assert [mask.nonzero().squeeze(1).tolist() for mask in together] == [kept(pruner, tokens) for tokens in images]
@@ -126,7 +175,7 @@ def test_images_chosen_from_together_are_as_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 7, 20])
 def test_the_steps_on_a_device_are_those_on_the_cpu(count: int) -> None:
-    distances = cosine_distances(unit_features([tokens_of(noise(20, seed)) for seed in range(3)]))
+    distances = cosine_distances([tokens_of(noise(20, seed)) for seed in range(3)])
     first = torch.tensor([4, 0, 19])
     expected = farthest_first(distances.clone(), first, count)
     distances.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
@@ -150,6 +199,12 @@ def test_bad_fields_are_refused(message: str, fields: dict[str, Any], tmp_path: 
     budget = {} if "threshold" in fields else {"keep_tokens": 3}
     with pytest.raises(UserError, match=message):
         CodebookDiversityPruner(codebook_of(tmp_path, noise(5, 0)), **budget, **fields)
+
+
+@pytest.mark.parametrize("theta", [-0.1, 1.0])
+def test_theta_out_of_range_is_refused(theta: float) -> None:
+    with pytest.raises(UserError, match="theta must be"):
+        CDPrunerPruner(keep_tokens=3, theta=theta)
 
 
 @torch.no_grad()

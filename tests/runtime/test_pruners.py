@@ -15,6 +15,7 @@ from conftest import tiny_llava
 from oracle import ProjectionPruner, greedy, inputs_of, prompt, shortened
 
 from codebook_prune import (
+    CDPrunerPruner,
     Codebook,
     CodebookDiversityPruner,
     CodebookPruner,
@@ -36,7 +37,8 @@ MODEL = tiny_llava()
 def tokens_of(n: int = 144, seed: int = 0, columns: int = 12, d: int = 64) -> VisualTokens:
     place = torch.arange(n)
     vectors = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
-    return VisualTokens(vectors, torch.zeros(n).long(), torch.stack([place // columns, place % columns], 1))
+    position = torch.stack([place // columns, place % columns], 1)
+    return VisualTokens(vectors, torch.zeros(n).long(), position, text=vectors[:3] - vectors[3:6])
 
 
 def codebook_of(folder: Path, model: Any = MODEL, **changes: Any) -> Codebook:
@@ -45,6 +47,7 @@ def codebook_of(folder: Path, model: Any = MODEL, **changes: Any) -> Codebook:
 
 
 PRUNERS: dict[str, Callable[[Path], Callable[..., Pruner]]] = {  # every method before layer 0, its budget left open
+    "cdpruner": lambda _: CDPrunerPruner,
     "codebook": lambda folder: partial(CodebookPruner, codebook_of(folder)),
     "codebook_diversity": lambda folder: partial(CodebookDiversityPruner, codebook_of(folder)),
     "divprune": lambda _: DivPrunePruner,

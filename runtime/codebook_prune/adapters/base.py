@@ -23,7 +23,8 @@ class VisualTokens:
     in its grid, (-1, -1) for newline and separator embeddings, which are never probed and never pruned. cls_similarity: [n]
     cosine to the vision encoder's [CLS] at the feature layer, or None for encoders without one. frame: [n] long, which of its
     item's grids each token lies in: the frame of a video, the crop or tile of an image (separators count with the grid they
-    stand behind); None where every item has one grid.
+    stand behind); None where every item has one grid. text: [t, d] input embeddings of the text tokens in ONE item's prompt,
+    for pruners that ask for them (`Pruner.sees_text`), else None.
     """
 
     embeddings: Tensor
@@ -31,11 +32,12 @@ class VisualTokens:
     position: Tensor
     cls_similarity: Tensor | None = None
     frame: Tensor | None = None
+    text: Tensor | None = None
 
     def only(self, chosen: Tensor) -> VisualTokens:
         """The tokens where `chosen` [n] bool is True."""
         cls, frame = (None if x is None else x[chosen] for x in (self.cls_similarity, self.frame))
-        return VisualTokens(self.embeddings[chosen], self.image[chosen], self.position[chosen], cls, frame)
+        return VisualTokens(self.embeddings[chosen], self.image[chosen], self.position[chosen], cls, frame, self.text)
 
     def frames(self) -> list[VisualTokens]:
         """One item's tokens grid by grid, in order, not copied."""
@@ -43,7 +45,7 @@ class VisualTokens:
             return [self]
         lengths = torch.unique_consecutive(self.frame, return_counts=True)[1].tolist()
         parts = zip(*(torch.split(x, lengths) for x in (self.embeddings, self.image, self.position)), strict=True)
-        return [VisualTokens(*part) for part in parts]
+        return [VisualTokens(*part, text=self.text) for part in parts]
 
 
 @dataclass(frozen=True)

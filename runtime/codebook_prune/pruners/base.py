@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ class Pruner:
     Raises:
         UserError: no budget, a contradictory one, a threshold for a method without scores, or an unknown position policy.
     """
+
+    sees_text: ClassVar[bool] = False
+    """Whether `VisualTokens.text` is filled in: then what is kept depends on the question."""
 
     keep_tokens: int | tuple[int, ...] | None = None
     keep_ratio: float | None = None

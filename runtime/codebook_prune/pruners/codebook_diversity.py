@@ -11,7 +11,7 @@ from torch import Tensor
 
 from codebook_prune.adapters.base import VisualTokens, VLMAdapter
 from codebook_prune.codebook import Codebook
-from codebook_prune.diversity import cosine_distances, farthest_first, unit_features
+from codebook_prune.diversity import cosine_distances, farthest_first
 from codebook_prune.pruners.base import Pruner
 from codebook_schemas import UserError
 
@@ -60,7 +60,7 @@ class CodebookDiversityPruner(Pruner):
         """See `Pruner.select`."""
         vectors = torch.cat([tokens.embeddings for tokens in images])
         redundancy = self.codebook.similarity(vectors, self.top_k).view(len(images), -1)
-        distances = cosine_distances(unit_features(images, self.centered))
+        distances = cosine_distances(images, self.centered)
         distances *= (1 - redundancy).clamp_(min=0).pow_(self.strength).unsqueeze(1)
         if self.remove_above is not None:  # below every distance, the more redundant the lower
             recognised = (redundancy > self.remove_above).unsqueeze(1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from codebook_prune.adapters.base import VisualTokens
-from codebook_prune.diversity import cosine_distances, farthest_first, unit_features
+from codebook_prune.diversity import cosine_distances, farthest_first
 from codebook_prune.pruners.base import Pruner
 
 
@@ -26,6 +26,6 @@ class DivPrunePruner(Pruner):
 
     def select(self, images: Sequence[VisualTokens], count: int | None) -> Tensor:
         """See `Pruner.select`. Memory: n x n floats an image."""
-        distances = cosine_distances(unit_features(images, self.centered))
+        distances = cosine_distances(images, self.centered)
         distances.diagonal(dim1=1, dim2=2).fill_(torch.inf)
         return farthest_first(distances, distances.amin(2).argmax(1), int(count or 1))
