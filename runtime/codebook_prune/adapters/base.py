@@ -45,7 +45,7 @@ class VisualTokens:
             return [self]
         lengths = torch.unique_consecutive(self.frame, return_counts=True)[1].tolist()
         parts = zip(*(torch.split(x, lengths) for x in (self.embeddings, self.image, self.position)), strict=True)
-        return [VisualTokens(*part, text=self.text) for part in parts]
+        return [VisualTokens(vectors, item, place, text=self.text) for vectors, item, place in parts]
 
 
 @dataclass(frozen=True)
