@@ -7,7 +7,9 @@ where the paper leaves a choice open.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +31,39 @@ def top1_probability(logits: Tensor, k: int = 50) -> Tensor:
     return best.softmax(-1).amax(-1).float()
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """The k most likely tokens of reference answers: ids [..., k], most likely first, and their log-probabilities (float64)."""
+
+    ids: Tensor
+    log_p: Tensor
+
+    @classmethod
+    def of(cls, reference: Tensor, k: int = 10) -> Candidates:
+        """From logits [..., V]; a vocabulary smaller than k competes as a whole."""
+        values, ids = reference.topk(min(k, reference.shape[-1]), dim=-1)
+        return cls(ids, values.double().log_softmax(-1))
+
+    @classmethod
+    def join(cls, parts: Sequence[Candidates]) -> Candidates:
+        """One after another."""
+        return cls(torch.cat([part.ids for part in parts]), torch.cat([part.log_p for part in parts]))
+
+    def __getitem__(self, rows: Any) -> Candidates:
+        """Some of the answers."""
+        return Candidates(self.ids[rows], self.log_p[rows])
+
+    def divergence(self, ablated: Tensor, scale: Scale = "jsd") -> Tensor:
+        """Divergence of ablated logits [..., V] from these answers (expanded to the same leading shape); see `divergence`."""
+        shape = (*ablated.shape[:-1], self.ids.shape[-1])
+        log_p = self.log_p.expand(shape)
+        log_q = ablated.gather(-1, self.ids.expand(shape)).double().log_softmax(-1)
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        if scale == "jsd":
+            return (_kl(log_p, log_m) + _kl(log_q, log_m)).div(2).clamp_min(0).float()
+        return (_kl(log_m, log_p) + _kl(log_m, log_q)).div(2 * shape[-1]).clamp_min(0).float()
+
+
 def divergence(reference: Tensor, ablated: Tensor, scale: Scale = "jsd", k: int = 10) -> Tensor:
     """Divergence of the ablated logits from the reference logits over the reference's k most likely tokens.
 
@@ -48,13 +83,7 @@ def divergence(reference: Tensor, ablated: Tensor, scale: Scale = "jsd", k: int 
     Returns:
         [...] float32, never negative. Computed in float64, because the terms nearly cancel for similar answers.
     """
-    values, candidates = reference.expand_as(ablated).topk(min(k, reference.shape[-1]), dim=-1)
-    log_p = values.double().log_softmax(-1)
-    log_q = ablated.gather(-1, candidates).double().log_softmax(-1)
-    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-    if scale == "jsd":
-        return (_kl(log_p, log_m) + _kl(log_q, log_m)).div(2).clamp_min(0).float()
-    return (_kl(log_m, log_p) + _kl(log_m, log_q)).div(2 * values.shape[-1]).clamp_min(0).float()
+    return Candidates.of(reference, k).divergence(ablated, scale)
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:

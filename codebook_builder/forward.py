@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from codebook_builder.costs import DecoderCost, behind_attention
 from codebook_schemas import UserError
 
 MEMORY_ERRORS = ("out of memory", "can't allocate memory")
@@ -57,18 +60,39 @@ def _joined(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, 
     return torch.cat([keys, new_keys], dim=-2), torch.cat([values, new_values], dim=-2)
 
 
+@contextmanager
+def last_position_only(decoder: Any) -> Iterator[None]:
+    """While open, the last layer's output projection and MLP are computed for the last position only.
+
+    Nothing but the last position is read from the last layer, and its keys and values are made before these two modules. Their
+    single row is added to the residual of every position, which leaves the last one exact and the others meaningless.
+    """
+    handles = [m.register_forward_pre_hook(_last_position) for m in behind_attention(decoder.layers[-1])]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _last_position(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (args[0][:, -1:], *args[1:])
+
+
 class ReadOut:
     """Logits of the last position of many runs, batched under a budget of positions (rows x computed length).
 
-    `tokens_computed` counts every position that went through the decoder, `rows_computed` every run,
-    `memory_splits` how often a batch was halved because memory ran out.
+    `tokens_computed` counts every position that went through the decoder, `rows_computed` every run, `flops` what they cost,
+    `memory_splits` how often a batch was halved because memory ran out. Use it inside `last_position_only`.
     """
 
     def __init__(self, decoder: Any, head: Any, tokens_per_batch: int) -> None:
         """Take a text decoder (no LM head), its LM head and the budget; a single run may exceed the budget."""
         self._decoder, self._head, self._budget = decoder, head, tokens_per_batch
+        self._cost = DecoderCost.of(decoder, head, trimmed=True)
         self._too_large: set[tuple[int, int, int]] = set()
         self.tokens_computed = self.rows_computed = self.memory_splits = 0
+        self.flops = 0.0
 
     def extend(self, prefix: SharedPrefix | None, length: int, embeddings: Tensor) -> tuple[SharedPrefix, Tensor]:
         """Run embeddings [1, q, d] behind the first `length` positions of `prefix` (None: from nothing).
@@ -79,41 +103,53 @@ class ReadOut:
         out = self._decoder(
             inputs_embeds=embeddings, past_key_values=None if prefix is None else prefix.growing(length), use_cache=True
         )
-        self._count(embeddings)
+        self._count(length, 1, embeddings.shape[1])
         return SharedPrefix(out.past_key_values), self._head(out.last_hidden_state[:, -1])
 
-    def logits(self, prefix: SharedPrefix, length: int, table: Tensor, runs: Tensor) -> Tensor:
-        """Last-position logits [m, V] of runs [m, q], rows of indices into `table` [t, d], behind `length` prefix positions.
+    def logits(self, prefix: SharedPrefix, length: int, table: Tensor, runs: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Last-position logits of runs [m, q], rows of indices into `table` [t, d], behind `length` prefix positions.
+
+        Yields (rows, logits [rows, V]) a batch at a time and in order, so that no more than a batch's logits are ever held.
 
         Raises:
             RuntimeError: memory does not suffice for a single run.
         """
         rows = max(1, self._budget // runs.shape[1])
-        parts = runs.to(table.device).tensor_split(math.ceil(len(runs) / rows))
-        return torch.cat([self._attempt(prefix, length, table, part) for part in parts])
+        first = 0
+        for part in runs.to(table.device, non_blocking=True).tensor_split(math.ceil(len(runs) / rows)):
+            yield from self._attempt(prefix, length, table, part, first)
+            first += len(part)
 
-    def _attempt(self, prefix: SharedPrefix, length: int, table: Tensor, runs: Tensor) -> Tensor:
+    def _attempt(
+        self, prefix: SharedPrefix, length: int, table: Tensor, runs: Tensor, first: int
+    ) -> Iterator[tuple[slice, Tensor]]:
         # A batch shape that once failed is halved at once the next time, exactly as it was after failing; other shapes are
         # still tried. So how an image is batched, and every bit of its scores, does not depend on the images before it.
         shape = (length, *runs.shape)
         if shape not in self._too_large:
             try:
-                return self._forward(prefix, length, table, runs)
+                found = self._forward(prefix, length, table, runs)
             except RuntimeError as error:
                 if len(runs) == 1 or not any(text in str(error).lower() for text in MEMORY_ERRORS):
                     raise
+            else:
+                yield slice(first, first + len(runs)), found
+                return
             self._too_large.add(shape)
             self.memory_splits += 1
             if table.is_cuda:
                 torch.cuda.empty_cache()
-        return torch.cat([self._attempt(prefix, length, table, half) for half in runs.tensor_split(2)])
+        for half in runs.tensor_split(2):
+            yield from self._attempt(prefix, length, table, half, first)
+            first += len(half)
 
     def _forward(self, prefix: SharedPrefix, length: int, table: Tensor, runs: Tensor) -> Tensor:
         out = self._decoder(inputs_embeds=table[runs], past_key_values=prefix.rows(length, len(runs)), use_cache=True)
         logits: Tensor = self._head(out.last_hidden_state[:, -1])
-        self._count(runs)
+        self._count(length, *runs.shape)
         return logits
 
-    def _count(self, runs: Tensor) -> None:
-        self.rows_computed += runs.shape[0]
-        self.tokens_computed += runs.shape[0] * runs.shape[1]
+    def _count(self, shared: int, rows: int, computed: int) -> None:
+        self.rows_computed += rows
+        self.tokens_computed += rows * computed
+        self.flops += rows * self._cost.run(shared, computed)

@@ -8,7 +8,7 @@ position; `runs` says what a pass sees, `forward` how passes share work, `diverg
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from codebook_builder.divergence import divergence, top1_probability
-from codebook_builder.forward import ReadOut, SharedPrefix
+from codebook_builder.divergence import Candidates, top1_probability
+from codebook_builder.forward import ReadOut, SharedPrefix, last_position_only
 from codebook_builder.prompt import SplitPrompt, ablation_embedding, split_prompt
 from codebook_builder.runs import ImageRuns, grids
 from codebook_builder.sampling import sample_tokens
@@ -27,6 +27,9 @@ from codebook_prune.adapters.loading import adapter_for
 from codebook_schemas import ProbeConfig
 
 Floats = NDArray[np.float32]
+AUTO_BUDGET = {"cpu": 2048, "cuda": 16_384}
+"""Positions in a batch for `tokens_per_batch: auto`: on a CPU activations should stay in its cache, a GPU wants large products.
+Fixed numbers, not measured ones: another batch size would change the last bits of scores from one worker to the next."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,8 @@ class ProbeCounters:
     """What a prober has done so far.
 
     `rows` are decoder rows actually computed: fewer than two a region experiment, because tokens at a border share their
-    window with a neighbour. `tokens` are decoder positions, cached ones not counted. `memory_splits`: batches halved because
-    memory ran out. Seconds are wall clock, vision tower and connector apart from the LLM.
+    window with a neighbour. `tokens` are decoder positions, cached ones not counted; `flops` what these cost (`costs`).
+    `memory_splits`: batches halved because memory ran out. Seconds are wall clock, vision tower and connector apart from LLM.
     """
 
     images: int = 0
@@ -79,6 +82,7 @@ class ProbeCounters:
     global_: KindCount = field(default_factory=KindCount)
     rows: int = 0
     tokens: int = 0
+    flops: float = 0.0
     memory_splits: int = 0
     vision_seconds: float = 0.0
     llm_seconds: float = 0.0
@@ -117,9 +121,11 @@ class Prober:
         self._config, self._processor, self._seed = config, processor, seed
         self._thresholds = thresholds if config.cascade else None
         self._adapter = adapter_for(model)
-        self._read = ReadOut(self._adapter.decoder, model.get_output_embeddings(), config.tokens_per_batch)
-        with torch.inference_mode():
-            self._embed = model.get_input_embeddings()
+        self._embed = model.get_input_embeddings()
+        wanted, kind = config.tokens_per_batch, self._embed.weight.device.type
+        budget = AUTO_BUDGET.get(kind, AUTO_BUDGET["cpu"]) if wanted == "auto" else wanted
+        self._read = ReadOut(self._adapter.decoder, model.get_output_embeddings(), budget)
+        with torch.inference_mode(), last_position_only(self._adapter.decoder):
             self._ablated = ablation_embedding(model, processor)
             self._chats: dict[tuple[int, ...], SharedPrefix] = {}
             self._chat(split_prompt(self._adapter, processor, config, Image.new("RGB", (64, 64))))
@@ -135,7 +141,7 @@ class Prober:
             UserError: the image's visual tokens form no grid, or its tokens cannot be sampled as configured.
         """
         scores = []
-        with torch.inference_mode():
+        with torch.inference_mode(), last_position_only(self._adapter.decoder):
             for image, key in zip(images, keys, strict=True):
                 scores.append(self._probe_image(image, key))
                 self._publish()
@@ -143,6 +149,7 @@ class Prober:
 
     def _publish(self) -> None:
         self.counters.rows, self.counters.tokens = self._read.rows_computed, self._read.tokens_computed
+        self.counters.flops = self._read.flops
         self.counters.memory_splits = self._read.memory_splits
 
     def _chat(self, prompt: SplitPrompt) -> tuple[SharedPrefix, int]:
@@ -218,30 +225,40 @@ class Prober:
             whole[open_] = self._global(image, runs, tokens[torch.from_numpy(open_)])
         return single, region, whole
 
-    def _diverge(self, reference: Tensor, ablated: Tensor) -> Tensor:
-        return divergence(reference, ablated, self._config.divergence, self._config.top_k_divergence)
+    def _logits(self, image: OneImage, runs: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        return self._read.logits(image.chat, image.length, image.table, runs)
 
     def _single(self, image: OneImage, runs: ImageRuns, tokens: Tensor) -> Floats:
-        logits = self._read.logits(image.chat, image.length, image.table, runs.single(tokens))
-        return _floats(top1_probability(logits, self._config.top_k_single))
+        top1 = torch.empty(len(tokens), device=image.table.device)
+        for rows, logits in self._logits(image, runs.single(tokens)):
+            top1[rows] = top1_probability(logits, self._config.top_k_single)
+        return _floats(top1)
 
     def _region(self, image: OneImage, runs: ImageRuns, tokens: Tensor) -> Floats:
         representative, window = runs.distinct_windows(tokens)
-        reference = self._read.logits(image.chat, image.length, image.table, runs.region(representative))
-        ablated = self._read.logits(image.chat, image.length, image.table, runs.region_ablated(tokens))
-        return _floats(self._diverge(reference[window.to(reference.device)], ablated))
+        k, device = self._config.top_k_divergence, image.table.device
+        answers = self._logits(image, runs.region(representative))
+        reference = Candidates.join([Candidates.of(logits, k) for _, logits in answers])
+        window = window.to(device, non_blocking=True)
+        moved = torch.empty(len(tokens), device=device)
+        for rows, logits in self._logits(image, runs.region_ablated(tokens)):
+            moved[rows] = reference[window[rows]].divergence(logits, self._config.divergence)
+        return _floats(moved)
 
     def _global(self, image: OneImage, runs: ImageRuns, tokens: Tensor) -> Floats:
         """One run of the whole image fills the cache that all ablated runs start from."""
         representative, window = runs.distinct_windows(tokens)
         if image.whole is None:
             image.whole = self._read.extend(image.chat, image.length, image.table[runs.whole().to(image.table.device)])
-        prefix, reference = image.whole
-        per_window = torch.empty(len(representative))
+        prefix, answer = image.whole
+        reference = Candidates.of(answer, self._config.top_k_divergence)
+        moved, member = [], []
         for group in runs.global_ablated(representative):
-            ablated = self._read.logits(prefix, image.length + group.start, image.table, group.runs)
-            per_window[group.member] = self._diverge(reference, ablated).cpu()
-        return _floats(per_window[window])
+            for rows, logits in self._read.logits(prefix, image.length + group.start, image.table, group.runs):
+                moved.append(reference.divergence(logits, self._config.divergence))
+                member.append(group.member[rows])
+        found: Floats = _floats(torch.cat(moved))[torch.cat(member).argsort()[window].numpy()]
+        return found
 
 
 def _floats(values: Tensor) -> Floats:

@@ -40,7 +40,7 @@ class ProbeConfig(Strict):
     region_weight: float = Field(1.0, ge=0)
     global_weight: float = Field(16.0, ge=0)
     cascade: bool = True
-    tokens_per_batch: int = Field(16384, ge=16)
+    tokens_per_batch: Literal["auto"] | Annotated[int, Field(ge=16)] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 

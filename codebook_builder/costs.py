@@ -1,0 +1,74 @@
+"""What the experiments cost in floating-point operations, and what the device could do at best: their quotient is the MFU."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+PEAK_SIZES = {"cpu": 1536, "cuda": 8192}
+
+
+@dataclass(frozen=True)
+class DecoderCost:
+    """FLOPs of a text decoder and its LM head, two per multiply-add; norms, rotations and softmax are not counted.
+
+    linear: per computed position. once: per run, the last layer's matrices behind its attention, if only the last position
+    goes through them, else 0. pair: per (query, key) pair. head: per run, one position through the LM head.
+    """
+
+    linear: float
+    once: float
+    pair: float
+    head: float
+
+    @classmethod
+    def of(cls, decoder: Any, head: Any, trimmed: bool) -> DecoderCost:
+        """Count the matrices of a decoder; `trimmed`: its last layer is run as `last_position_only` does."""
+        layers = list(decoder.layers)
+        once = sum(_linear(module) for module in behind_attention(layers[-1])) if trimmed else 0.0
+        config = decoder.config
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        pair = 4.0 * config.num_attention_heads * width * len(layers)
+        return cls(sum(_linear(layer) for layer in layers) - once, once, pair, _linear(head))
+
+    def run(self, shared: int, computed: int) -> float:
+        """FLOPs of one run that computes `computed` positions behind `shared` cached ones."""
+        pairs = computed * shared + computed * (computed + 1) / 2
+        return self.linear * computed + self.pair * pairs + self.once + self.head
+
+
+def behind_attention(layer: Any) -> list[nn.Module]:
+    """The modules of a decoder layer that work position by position behind its attention: output projection and MLP.
+
+    Empty when the layer does not name them as transformers' decoders with separate residual sums do.
+    """
+    found = [getattr(getattr(layer, "self_attn", None), "o_proj", None), getattr(layer, "mlp", None)]
+    return [module for module in found if module is not None] if all(found) else []
+
+
+def _linear(module: nn.Module) -> float:
+    return 2.0 * sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of one large matrix product, the best of five: what MFU is measured against. About 0.1 s."""
+    size = PEAK_SIZES.get(device.type, PEAK_SIZES["cpu"])
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    with torch.inference_mode():
+        for _ in range(5):
+            _wait(device)
+            started = time.perf_counter()
+            torch.mm(a, a)
+            _wait(device)
+            best = min(best, time.perf_counter() - started)
+    return 2.0 * size**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
