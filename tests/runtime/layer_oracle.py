@@ -16,10 +16,11 @@ Attention = tuple[list[int], list[list[list[float]]]]  # columns, [head][query][
 
 @dataclass
 class Row:
-    """Prompts and the tokens generated behind them: vectors, which of them are visual, positions, [start, end) of prompts."""
+    """Prompts and the tokens generated behind them: vectors, which of them are visual (None: a newline between visual rows,
+    never dropped), positions, [start, end) of prompts."""
 
     vectors: list[Tensor]
-    visual: list[bool]
+    visual: list[bool | None]
     numbers: list[int]
     prompts: list[tuple[int, int]]
 
@@ -40,7 +41,7 @@ class Moment:
     column of the prompt and how many visual tokens entered in it; attention, columns of which it speaks first."""
 
     alive: list[int]
-    visual: list[bool]
+    visual: list[bool | None]
     last: int
     entered: int
     previous: Attention  # of the layer that just ran
@@ -132,7 +133,9 @@ def run(model: Any, row: Row, rules: list[Rule], frozen: Frozen) -> tuple[Tensor
         for number in here:
             if (number, depth, latest) not in frozen.choices:
                 left = [i for i in given if start <= i < end and i not in dropped]
-                moment = Moment(left, row.visual, end - 1, sum(row.visual[start:end]), before, (given, following.tolist()))
+                moment = Moment(
+                    left, row.visual, end - 1, row.visual[start:end].count(True), before, (given, following.tolist())
+                )
                 frozen.choices[number, depth, latest] = rules[number].gone(depth, moment)
             dropped |= frozen.choices[number, depth, latest]
             if rules[number].compact:
@@ -217,7 +220,7 @@ def pyramid(layers: tuple[int, ...], ratio: float, rank: str, rounding: str, com
 
 def context(layers: int, p: float, query: str, protect: int) -> Rule:
     def gone(depth: int, moment: Moment) -> set[int]:
-        text = [i for i in moment.alive if not moment.visual[i]]
+        text = [i for i in moment.alive if moment.visual[i] is False]
         free = [i for i in text if i != moment.alive[0] and i not in moment.alive[-protect:]]
         order = ranked(moment, moment.previous, free, "max") if query == "last" else seen_by_all(moment, free)
         return set(order[max(0, len(free) - math.floor(p * len(text))) :])

@@ -79,6 +79,12 @@ class EnteringTokens:
         cut = ((place.diff() != 1) | (self.row.diff() != 0)).nonzero().flatten() + 1
         return torch.tensor([0, *cut.tolist(), len(place)]).diff().tolist()
 
+    def video_lengths(self) -> list[int]:
+        """How many of these tokens, all of videos, belong to each one: equally many, as the videos of a call are one tensor."""
+        encoded = (self.call.get("mm_encoder_outputs") or {}).get("video")
+        videos = len(self.call["pixel_values_videos"] if encoded is None else encoded.pooler_output)
+        return [len(self.ids) // videos] * videos
+
 
 NOT_WHOLE = "an image or video does not enter whole: a prefill in chunks (prefill_chunk_size) cannot be pruned"
 
@@ -88,6 +94,9 @@ class VLMAdapter(ABC):
 
     model_types: ClassVar[tuple[str, ...]] = ()
     """The `config.model_type` values this adapter serves."""
+
+    overview: ClassVar[int] = 0
+    """Which frame of an image of several shows all of it: 0 the first, -1 the last."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -128,6 +137,9 @@ class VLMAdapter(ABC):
         Raises:
             UserError: an item does not enter whole, or its grid cannot be told from the call.
         """
+        encoded = (entering.call.get("mm_encoder_outputs") or {}).values()
+        if any(out is not None and out.last_hidden_state is None for out in encoded):  # generate cuts it from those of a chunk
+            raise UserError(NOT_WHOLE)
         video = torch.isin(entering.ids, torch.tensor(self.visual_token_ids[1:]))
         found = torch.empty(len(entering.ids), 4, dtype=torch.long)
         for mine, of_kind in ((~video, self.image_layout), (video, self.video_layout)):
@@ -207,13 +219,3 @@ def entering_tokens(
         embeddings = embeddings.flatten(0, 1)[place.to(embeddings.device)]
     chosen, place = ids.flatten()[place].cpu(), place.cpu()
     return EnteringTokens(chosen, place // ids.shape[1], place % ids.shape[1], embeddings, ids, call, position_ids)
-
-
-def raster(rows: int, columns: int) -> Tensor:
-    """(row, column) of every cell of a grid in raster order: [rows * columns, 2] long."""
-    return torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2)
-
-
-def framed(item: int, frame: int, position: Tensor) -> Tensor:
-    """`VLMAdapter.layout` of one grid whose tokens lie at `position` [n, 2]: [n, 4]."""
-    return torch.cat([position.new_tensor([[item, frame]]).expand(len(position), -1), position], 1)

@@ -1,0 +1,36 @@
+"""InternVL in transformers' own form: tiles and a thumbnail, 2 x 2 patches shuffled into one token (arXiv 2412.05271)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from codebook_prune.adapters.base import EnteringTokens, VLMAdapter
+from codebook_prune.adapters.grids import frames_in, grouped, raster
+
+
+class InternVLAdapter(VLMAdapter):
+    """InternVLForConditionalGeneration. Tiles enter one behind the other, the thumbnail last; each is a frame.
+
+    An image is a stretch of tiles with no text between them (the template puts marks around it). The processor gives a video as
+    such stretches, one a frame of the video, so its frames count as images.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ("internvl",)
+    overview: ClassVar[int] = -1
+
+    @property
+    def connector(self) -> nn.Module:
+        """The projector behind the pixel shuffle."""
+        module: nn.Module = self.model.base_model.multi_modal_projector
+        return module
+
+    def image_layout(self, entering: EnteringTokens) -> Tensor:
+        """See `VLMAdapter.image_layout`: the tower's square, each side shortened by the pixel shuffle."""
+        vision = self.config.vision_config
+        rows, columns = (
+            int(size // patch * self.config.downsample_ratio)
+            for size, patch in zip(vision.image_size, vision.patch_size, strict=True)
+        )
+        return grouped(raster(rows, columns), frames_in(entering.runs(), rows * columns))

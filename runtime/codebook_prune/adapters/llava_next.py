@@ -1,0 +1,53 @@
+"""LLaVA-NeXT and LLaVA-NeXT-Video: images of any resolution as an overview and a finer grid; videos as pooled frames."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from codebook_prune.adapters.base import EnteringTokens, VLMAdapter
+from codebook_prune.adapters.grids import (
+    any_resolution,
+    clip_cosine,
+    frames_in,
+    grouped,
+    newline_places,
+    raster,
+    tower_square,
+)
+
+
+class LlavaNextAdapter(VLMAdapter):
+    """LlavaNextForConditionalGeneration, LlavaNextVideoForConditionalGeneration (Liu et al., LLaVA-NeXT, 2024)."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("llava_next", "llava_next_video")
+
+    @property
+    def connector(self) -> nn.Module:
+        """The projector."""
+        module: nn.Module = self.model.base_model.multi_modal_projector
+        return module
+
+    def image_layout(self, entering: EnteringTokens) -> Tensor:
+        """See `VLMAdapter.image_layout`: overview, then what unpadding left of the crops, a newline behind every row."""
+        newline = newline_places(entering, self.model.base_model.image_newline)
+        return any_resolution(newline, tower_square(self.config))
+
+    def video_layout(self, entering: EnteringTokens) -> Tensor:
+        """See `VLMAdapter.video_layout`: frames one after the other, pooled, no newline."""
+        config = self.config
+        side = config.vision_config.image_size // config.vision_config.patch_size // config.spatial_pool_stride
+        return grouped(raster(side, side), frames_in(entering.video_lengths(), side * side))
+
+    def cls_similarity(self, out: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+        """See `VLMAdapter.cls_similarity`: for one image; every token to its own crop's [CLS]."""
+        cosine = clip_cosine(self.config, out)
+        if cosine is None or len(inputs["image_sizes"]) != 1:
+            return None
+        packed, _ = self.model.base_model.pack_image_features(
+            [cosine[:, 1:, None]], inputs["image_sizes"], "default", image_newline=cosine.new_zeros(1)
+        )
+        flat: Tensor = packed[0][:, 0]
+        return flat

@@ -1,0 +1,37 @@
+"""LLaVA-OneVision: one image at any resolution, several images as one crop each, videos as pooled frames (arXiv 2408.03326)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from codebook_prune.adapters.base import EnteringTokens, VLMAdapter
+from codebook_prune.adapters.grids import any_resolution, frames_in, item_frame, newline_places, raster, tower_square
+
+
+class LlavaOnevisionAdapter(VLMAdapter):
+    """LlavaOnevisionForConditionalGeneration; its SigLIP tower has no [CLS]."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
+
+    @property
+    def connector(self) -> nn.Module:
+        """The projector."""
+        module: nn.Module = self.model.base_model.multi_modal_projector
+        return module
+
+    def image_layout(self, entering: EnteringTokens) -> Tensor:
+        """See `VLMAdapter.image_layout`: overview, then the rows of the finer grid; of several images, the overview alone."""
+        newline = newline_places(entering, self.model.base_model.image_newline)
+        return any_resolution(newline, tower_square(self.config))
+
+    def video_layout(self, entering: EnteringTokens) -> Tensor:
+        """See `VLMAdapter.video_layout`: frames halved in height and width, one newline behind the last."""
+        side = -(-self.config.vision_config.image_size // self.config.vision_config.patch_size // 2)
+        cells, parts = raster(side, side), []
+        for video, frames in enumerate(frames_in([length - 1 for length in entering.video_lengths()], side * side)):
+            parts += [item_frame(video, frame, cells) for frame in range(frames)]
+            parts.append(item_frame(video, frames - 1, cells.new_full((1, 2), -1)))
+        return torch.cat(parts)
