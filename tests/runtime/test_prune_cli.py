@@ -158,7 +158,7 @@ def bad_inputs(place: Path, folder: Path) -> dict[str, tuple[list[str], str]]:
         ),
         "broken manifest": (replaced("--codebook", str(folder / "broken")), "manifest.json"),
         "no model": (replaced("--model", str(folder / "none")), "is neither a folder nor a Hub id"),
-        "unsupported model": (replaced("--model", str(folder / "other")), "is not supported; supported: llava"),
+        "unsupported model": (replaced("--model", str(folder / "other")), "is not supported; supported: "),
         "empty model folder": (replaced("--model", str(place)), "cannot load model"),
         "device": (replaced("--device", "abacus"), "device abacus cannot be used"),
         "empty prompt": (replaced("--prompt", "  "), "the prompt is empty"),
