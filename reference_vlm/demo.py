@@ -213,7 +213,7 @@ def print_table(results: Sequence[Result], questions: int) -> None:
 def draw_overlays(model: Any, processor: Any, codebook: Any, path: Path, scene_number: int = 20) -> None:
     """One held-out image with the dropped tokens greyed out, at every ratio side by side."""
     from codebook_prune import CodebookPruner
-    from codebook_prune.overlay import draw_overlay, enlarged, save_picture, side_by_side
+    from codebook_prune.overlay import draw_overlay, enlarged, save_picture, sheet
 
     image = render(make_scene("test", scene_number))
     inputs = processor(images=[image], text=[prompt_of(processor, "Describe the image.")], return_tensors="pt")
@@ -225,7 +225,7 @@ def draw_overlays(model: Any, processor: Any, codebook: Any, path: Path, scene_n
         kept, position = pruner.stats.kept[0].cpu(), pruner.stats.position[0].cpu()
         pictures.append(draw_overlay(image, position, kept))
         captions.append(f"{int(kept.sum())} tokens kept ({ratio:.0%})")
-    save_picture(side_by_side(pictures, captions), path)
+    save_picture(sheet(pictures, captions, len(pictures)), path)
 
 
 def draw_chart(results: Sequence[Result], questions: int, path: Path) -> None:

@@ -21,6 +21,7 @@ ONLY_IN = {
     "typer": {"runtime/codebook_prune/cli.py", "codebook_builder/cli.py"},
     "faiss": {"runtime/codebook_prune/index.py", "codebook_builder/faiss_ops.py"},
     "transformers": {"runtime/codebook_prune/adapters/loading.py"},
+    "av": {"runtime/codebook_prune/video.py"},
     "webdataset": {"codebook_builder/shards.py"},
 }
 FILES = [(name, path) for name, folder in PACKAGES.items() for path in sorted(folder.rglob("*.py"))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -20,6 +21,7 @@ from reference_vlm.evaluate import prompt_of
 from reference_vlm.scenes import make_scene, render
 
 ROOT = Path(__file__).parents[1]
+WIDE = os.environ | {"COLUMNS": "300"}
 README = (ROOT / "README.md").read_text()
 
 
@@ -61,7 +63,7 @@ def test_every_command_and_option_exists(words: list[str]) -> None:
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
         return
     program = str(Path(sys.executable).with_name(words[0]))
-    done = subprocess.run([program, words[1], "--help"], capture_output=True, text=True, check=False, env={"COLUMNS": "300"})
+    done = subprocess.run([program, words[1], "--help"], capture_output=True, text=True, check=False, env=WIDE)
     assert done.returncode == 0, done.stderr
     for option in (w for w in words if w.startswith("--")):
         assert option in done.stdout, f"{option} is not an option of {words[0]} {words[1]}"

@@ -1,102 +1,129 @@
-"""Answering one question about image files, with and without pruning: what the command line does."""
+"""Answering one question about images or videos, with and without pruning: what the command line does."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from PIL import Image
+from torch import Tensor
 
-from codebook_prune.adapters.loading import load_model
-from codebook_prune.images import open_image
-from codebook_prune.overlay import check_picture_path, draw_overlay, enlarged, save_picture, seen_box, side_by_side
-from codebook_prune.pruners.base import Pruner
+from codebook_prune.adapters.loading import adapter_for, load_model
+from codebook_prune.media import Media
+from codebook_prune.spec import AnyPruner
 from codebook_schemas import UserError
 
-
-@dataclass(frozen=True)
-class Plain:
-    """The unpruned model's answer; times as in `Answer`."""
-
-    answer: str
-    prefill_ms: float
-    total_ms: float
+ROUNDS = 3
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One image's answer.
+class Run:
+    """One answer about one input.
 
-    prefill_ms: one forward pass over the prompt, vision encoder included: the median of three after a warm-up. prune_ms: the
-    pruner's part of one: the mean of all, warm-up included. total_ms: the whole answer, once.
+    prefill_ms: one forward pass over the prompt, vision encoder included; prune_ms: the pruner's part of it. Both are medians
+    of `ROUNDS` after a warm-up, the pruners that are compared taking turns. total_ms: the whole answer, once. tokens_before,
+    tokens_after, tokens_final: visual tokens of the whole input as it gives them, as they enter decoder layer 0, as they leave
+    the last layer; tokens_layer_averaged: the mean over layers. kept, position, frame: see `PruneStats`, one entry an image or
+    video; empty without pruning.
     """
 
-    file: str
     answer: str
     tokens_before: int
     tokens_after: int
+    tokens_final: int
+    tokens_layer_averaged: float
     prefill_ms: float
     prune_ms: float
     total_ms: float
-    unpruned: Plain | None = None
-    overlay: str | None = None
+    kept: list[Tensor] = field(default_factory=list, repr=False)
+    position: list[Tensor] = field(default_factory=list, repr=False)
+    frame: list[Tensor] = field(default_factory=list, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; what was not asked for is left out."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        """For JSON: what was measured, without the tensors."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("kept", "position", "frame")}
+
+    @property
+    def tokens(self) -> str:
+        """For tables: `20 of 144`, or `72 -> 9 of 144` where pruners inside the decoder were at work."""
+        inside = "" if self.tokens_final == self.tokens_after else f" -> {self.tokens_final}"
+        return f"{self.tokens_after}{inside} of {self.tokens_before}" if self.kept else str(self.tokens_before)
 
 
 class Asker:
-    """A model, a pruner and a question, ready for images."""
+    """A model and a question, ready for images and videos."""
 
-    def __init__(self, model: Any, processor: Any, pruner: Pruner, prompt: str, max_new_tokens: int) -> None:
-        self.model, self.processor, self.pruner, self.max_new_tokens = model, processor, pruner, max_new_tokens
-        self.text = chat_text(processor, prompt)
+    def __init__(self, model: Any, processor: Any, prompt: str, max_new_tokens: int) -> None:
+        check_prompt(prompt)
+        for placeholder in placeholders(processor):
+            if placeholder in prompt:
+                raise UserError(f"the prompt must not hold {placeholder}: the picture is put before it")
+        self.model, self.processor, self.prompt, self.max_new_tokens = model, processor, prompt, max_new_tokens
 
-    def answer(self, file: Path, *, compare: bool = False, overlay: Path | None = None) -> Answer:
-        """Answer about one image file.
+    @property
+    def image_processor(self) -> Any:
+        """What scales and crops pictures before the model sees them."""
+        return self.processor.image_processor
 
-        Args:
-            file: the image.
-            compare: also answer without pruning.
-            overlay: where to write the picture of what was kept.
+    def check(self, pruners: Sequence[AnyPruner]) -> None:
+        """Refuse pruners that do not fit the model (raises UserError)."""
+        for pruner in pruners:
+            with pruner(self.model):
+                pass
+
+    def ask(self, media: Media, pruners: Sequence[AnyPruner | None]) -> list[Run]:
+        """The answers of several pruners (None: unpruned) about one input, timed in turns.
 
         Raises:
-            UserError: unreadable image, a codebook of another model, or a picture that cannot be written.
+            UserError: the prompt is longer than the model's context, or the budget does not fit the number of images.
         """
-        image = open_image(file)
-        inputs = self.processor(images=image, text=self.text, return_tensors="pt").to(self.model.device)
-        text, prefill, total = self._run(inputs, self.pruner(self.model))
-        stats = self.pruner.stats
-        plain = Plain(*self._run(inputs, nullcontext())) if compare else None
-        if overlay is not None:
-            self._draw(image, overlay)
-        return Answer(
-            file=str(file),
-            answer=text,
-            tokens_before=stats.tokens_before[0],
-            tokens_after=stats.tokens_after[0],
-            prefill_ms=prefill,
-            prune_ms=1000 * stats.seconds / stats.calls,
-            total_ms=total,
-            unpruned=plain,
-            overlay=None if overlay is None else str(overlay),
-        )
+        return self._measure(self._inputs(media), pruners)
+
+    def _inputs(self, media: Media) -> Any:
+        """What the processor makes of a question: a video as one where the model has them, else its frames as images."""
+        content = [{"type": "image"}] * len(media.pictures)
+        given: dict[str, Any] = {"images": media.pictures}
+        if media.is_video and getattr(self.processor, "video_processor", None) is not None:
+            content, given = [{"type": "video"}], {"videos": [media.pictures]}
+        text = chat_text(self.processor, content, self.prompt)
+        inputs = self.processor(text=[text], return_tensors="pt", **given)
+        length = inputs["input_ids"].shape[1]
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and length + self.max_new_tokens > limit:
+            raise UserError(
+                f"{media.file}: a prompt of {length} tokens and an answer of {self.max_new_tokens} do not fit the {limit} of "
+                "this model: give fewer frames, a shorter question or a lower --max-new-tokens"
+            )
+        return inputs.to(self.model.device)
 
     @torch.inference_mode()
-    def _run(self, inputs: Any, block: AbstractContextManager[Any]) -> tuple[str, float, float]:
-        """(answer, milliseconds of a prefill, milliseconds of the whole answer)."""
-        with block:
-            passes = [self._timed(lambda: self.model(**inputs, logits_to_keep=1))[1] for _ in range(4)]
+    def _measure(self, inputs: Any, pruners: Sequence[AnyPruner | None]) -> list[Run]:
+        prefill: list[list[float]] = [[] for _ in pruners]
+        prune: list[list[float]] = [[] for _ in pruners]
+        for _ in range(1 + ROUNDS):
+            for number, pruner in enumerate(pruners):
+                with nullcontext() if pruner is None else pruner(self.model):
+                    prefill[number].append(self._timed(lambda: self.model(**inputs, logits_to_keep=1))[1])
+                    prune[number].append(0.0 if pruner is None else 1000 * pruner.stats.seconds)
+        times = [[statistics.median(all_of[1:]) for all_of in pair] for pair in zip(prefill, prune, strict=True)]
+        return [self._run(inputs, pruner, *pair) for pruner, pair in zip(pruners, times, strict=True)]
+
+    def _run(self, inputs: Any, pruner: AnyPruner | None, prefill_ms: float, prune_ms: float) -> Run:
+        with nullcontext() if pruner is None else pruner(self.model):
             out, total = self._timed(lambda: self.model.generate(**inputs, do_sample=False, max_new_tokens=self.max_new_tokens))
-        words = self.processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return words.strip(), statistics.median(passes[1:]), total
+        words = self.processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        if pruner is None:
+            tokens = int(adapter_for(self.model).visual_mask(inputs["input_ids"]).sum())
+            return Run(words, tokens, tokens, tokens, float(tokens), prefill_ms, prune_ms, total)
+        stats = pruner.stats
+        before, after, final = (sum(counts) for counts in (stats.tokens_before, stats.tokens_after, stats.tokens_final))
+        average = stats.layer_averaged_tokens * len(stats.tokens_before)
+        run = Run(words, before, after, final, average, prefill_ms, prune_ms, total)
+        return replace(run, kept=stats.kept, position=stats.position, frame=stats.frame)
 
     def _timed(self, call: Callable[[], Any]) -> tuple[Any, float]:
         on_gpu = self.model.device.type == "cuda"
@@ -108,38 +135,32 @@ class Asker:
             torch.cuda.synchronize(self.model.device)
         return result, 1000 * (time.perf_counter() - began)
 
-    def _draw(self, image: Image.Image, path: Path) -> None:
-        stats = self.pruner.stats
-        seen = seen_box(image, self.processor.image_processor)
-        kept, whole = stats.kept[0], stats.position[0]
-        left, right = enlarged(image)[0], draw_overlay(image, whole, kept, seen=seen)
-        captions = [f"{stats.tokens_before[0]} tokens", f"{stats.tokens_after[0]} tokens kept"]
-        save_picture(side_by_side([left, right], captions), path)
+
+def placeholders(processor: Any) -> list[str]:
+    """What stands for pictures in a prompt of this processor."""
+    return [token for name in ("image_token", "video_token") if isinstance(token := getattr(processor, name, None), str)]
 
 
-def chat_text(processor: Any, prompt: str) -> str:
-    """The prompt with one image before it, in the model's chat template.
+def chat_text(processor: Any, content: Sequence[dict[str, str]], prompt: str) -> str:
+    """The prompt behind pictures, in the model's chat template.
 
     Raises:
-        UserError: the processor has no chat template, or the prompt holds the image placeholder itself.
+        UserError: the processor has no chat template.
     """
-    placeholder = getattr(processor, "image_token", "<image>")
-
-    if placeholder in prompt:
-        raise UserError(f"the prompt must not hold {placeholder}: the image is put before it")
-    content = [{"type": "image"}, {"type": "text", "text": prompt}]
+    message = {"role": "user", "content": [*content, {"type": "text", "text": prompt}]}
     try:
-        return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+        return str(processor.apply_chat_template([message], add_generation_prompt=True))
     except ValueError as error:
         raise UserError(f"this model's chat template cannot be used: {error}") from None
 
 
-def load_reader(name: str, device: str | None, dtype: str) -> tuple[Any, Any]:
-    """(model, processor) by name; `reference` is the small model shipped with the package.
+def load_asker(name: str, prompt: str, max_new_tokens: int, device: str | None, dtype: str) -> Asker:
+    """A model by name with its question; `reference` is the small model shipped with the package.
 
     Raises:
-        UserError: unknown model or device.
+        UserError: unknown model or device, or an empty prompt.
     """
+    check_prompt(prompt)
     if name == "reference":
         from reference_vlm import CHECKPOINT
 
@@ -149,24 +170,10 @@ def load_reader(name: str, device: str | None, dtype: str) -> tuple[Any, Any]:
             torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise UserError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None
-    return load_model(name, device=device, dtype=dtype)
+    return Asker(*load_model(name, device=device, dtype=dtype), prompt, max_new_tokens)
 
 
-def overlay_paths(overlay: Path | None, files: Sequence[Path]) -> list[Path | None]:
-    """Where the picture of each file goes: `overlay` itself for one file, with the file's stem in its name for several.
-
-    Raises:
-        UserError: nothing can be written there, or it would overwrite an input.
-    """
-    if overlay is None:
-        return [None] * len(files)
-    check_picture_path(overlay)
-    paths: list[Path | None] = []
-    for number, file in enumerate(files, 1):
-        path = overlay if len(files) == 1 else overlay.with_stem(f"{overlay.stem}-{file.stem}")
-        if path in paths:
-            path = overlay.with_stem(f"{overlay.stem}-{file.stem}-{number}")
-        if any(path.resolve() == other.resolve() for other in files):
-            raise UserError(f"the overlay {path} would overwrite an input image: choose another name")
-        paths.append(path)
-    return paths
+def check_prompt(prompt: str) -> None:
+    """Refuse an empty question (raises UserError)."""
+    if not prompt.strip():
+        raise UserError("the prompt is empty: ask something")

@@ -14,7 +14,10 @@ from torch import Tensor
 from codebook_schemas import UserError
 from codebook_schemas.files import replace_atomically
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 SMALLEST_SIDE = 480
+WIDEST_SHEET = 2400
+GAP = 8
 DIM = (0.35, 60)
 """Factor and offset of the grey that dropped cells fade to: dark beside bright places, and still grey beside dark ones."""
 Box = tuple[float, float, float, float]
@@ -66,25 +69,68 @@ def seen_box(image: Image.Image, image_processor: Any) -> Box | None:
     return left, top, left + width, top + height
 
 
-def side_by_side(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    """Pictures in a row, scaled to one height, each with its caption underneath."""
+def sheet(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int) -> Image.Image:
+    """Pictures in rows of `columns`, scaled to one height, each with its caption underneath, at most `WIDEST_SHEET` wide."""
     height = max(picture.height for picture in pictures)
-    scaled = [p if p.height == height else p.resize((round(p.width * height / p.height), height)) for p in pictures]
-    font = ImageFont.load_default(max(14, height // 28))
-    band = 2 * max(14, height // 28)
-    sheet = Image.new("RGB", (sum(p.width for p in scaled) + 8 * (len(scaled) - 1), height + band), "white")
-    pen, x = ImageDraw.Draw(sheet), 0
-    for picture, caption in zip(scaled, captions, strict=True):
-        sheet.paste(picture, (x, 0))
-        pen.text((x + picture.width / 2, height + band / 2), caption, fill="black", font=font, anchor="mm")
-        x += picture.width + 8
-    return sheet
+    widest = max(round(p.width * height / p.height) for p in pictures)
+    height = max(1, min(height, height * (WIDEST_SHEET // min(columns, len(pictures)) - GAP) // widest))
+    scaled = [p if p.height == height else p.resize((max(1, round(p.width * height / p.height)), height)) for p in pictures]
+    size = max(14, height // 28)
+    lines = max(caption.count("\n") for caption in captions) + 1
+    band, font = round((lines + 1) * 1.2 * size), ImageFont.load_default(size)
+    rows = [range(i, min(i + columns, len(scaled))) for i in range(0, len(scaled), columns)]
+    wide = max(sum(scaled[i].width + GAP for i in row) - GAP for row in rows)
+    page = Image.new("RGB", (wide, len(rows) * (height + band)), "white")
+    pen = ImageDraw.Draw(page)
+    for y, row in zip(range(0, page.height, height + band), rows, strict=True):
+        x = 0
+        for i in row:
+            page.paste(scaled[i], (x, y))
+            text = "\n".join(_fitted(line, font, scaled[i].width) for line in captions[i].split("\n"))
+            middle = (x + scaled[i].width / 2, y + height + band / 2)
+            pen.multiline_text(middle, text, fill="black", font=font, anchor="mm", align="center")
+            x += scaled[i].width + GAP
+    return page
 
 
-def check_picture_path(path: Path) -> None:
-    """Refuse a path no picture can be written to (raises UserError); called before any work is done."""
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise UserError(f"cannot write a picture to {path}: give a name that ends in .png, .jpg or .webp")
+def _fitted(text: str, font: Any, width: int) -> str:
+    """Text cut to a width in pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def overlay_paths(overlay: Path | None, files: Sequence[Path], suffixes: Sequence[str] = PICTURES) -> list[Path | None]:
+    """Where the picture of each file goes: `overlay` itself for one file, with the file's stem in its name for several.
+
+    Called before any work is done.
+
+    Raises:
+        UserError: nothing can be written there, or it would overwrite an input.
+    """
+    if overlay is None:
+        return [None] * len(files)
+    check_picture_path(overlay, suffixes)
+    paths: list[Path | None] = []
+    inputs, taken = {file.resolve() for file in files}, set[Path]()
+    for number, file in enumerate(files, 1):
+        path = overlay if len(files) == 1 else overlay.with_stem(f"{overlay.stem}-{file.stem}")
+        if path in taken:
+            path = overlay.with_stem(f"{overlay.stem}-{file.stem}-{number}")
+        if path.resolve() in inputs:
+            raise UserError(f"the overlay {path} would overwrite an input: choose another name")
+        taken.add(path)
+        paths.append(path)
+    return paths
+
+
+def check_picture_path(path: Path, suffixes: Sequence[str] = PICTURES) -> None:
+    """Refuse a path no picture can be written to (raises UserError)."""
+    if path.suffix.lower() not in suffixes:
+        *others, last = suffixes
+        raise UserError(f"cannot write the overlay to {path}: give a name that ends in {', '.join(others)} or {last}")
     if not path.parent.is_dir():
         raise UserError(f"cannot write {path}: the folder {path.parent} does not exist")
     if path.is_dir():
@@ -99,7 +145,16 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     """
     buffer = io.BytesIO()
     picture.save(buffer, format=Image.registered_extensions()[path.suffix.lower()], quality=95)
+    save_bytes(buffer.getvalue(), path)
+
+
+def save_bytes(data: bytes, path: Path) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     try:
-        replace_atomically(path, buffer.getvalue())
+        replace_atomically(path, data)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None

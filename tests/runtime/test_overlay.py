@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from codebook_prune import UserError
-from codebook_prune.overlay import check_picture_path, draw_overlay, save_picture, seen_box, side_by_side
+from codebook_prune.overlay import check_picture_path, draw_overlay, save_picture, seen_box, sheet
 
 GRID = torch.tensor([[r, c] for r in range(4) for c in range(4)])
 
@@ -63,13 +63,13 @@ def test_the_grid_lies_where_the_processor_crops() -> None:
 
 def test_pictures_stand_side_by_side_with_captions() -> None:
     pair = [Image.new("RGB", (100, 50), "red"), Image.new("RGB", (40, 100), "blue")]
-    sheet = side_by_side(pair, ["one", "two"])
-    assert sheet.width == 200 + 8 + 40
-    assert sheet.height > 100
-    assert sheet.getpixel((50, 50)) == (255, 0, 0)
-    assert sheet.getpixel((230, 50)) == (0, 0, 255)
-    assert np.asarray(sheet)[100:].min() < 128  # the captions are written
-    blank = np.asarray(side_by_side(pair, ["", ""]))[100:]
+    page = sheet(pair, ["one", "two"], 2)
+    assert page.width == 200 + 8 + 40
+    assert page.height > 100
+    assert page.getpixel((50, 50)) == (255, 0, 0)
+    assert page.getpixel((230, 50)) == (0, 0, 255)
+    assert np.asarray(page)[100:].min() < 128  # the captions are written
+    blank = np.asarray(sheet(pair, ["", ""], 2))[100:]
     assert blank.min() == 255
 
 

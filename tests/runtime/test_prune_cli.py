@@ -19,13 +19,17 @@ from conftest import noise_image
 from PIL import Image
 from transformers.utils import logging
 
-from codebook_prune import Codebook, CodebookPruner
+from codebook_prune import Codebook, CodebookPruner, PyramidPruner
 from codebook_prune.adapters.loading import adapter_for
 from codebook_prune.cli import main
 from reference_vlm import CHECKPOINT
 
 logging.disable_progress_bar()  # the command does it through the environment, before transformers is imported
 COMMAND = str(Path(sys.executable).with_name("codebook-prune"))
+ASK = [
+    "--model", str(CHECKPOINT), "--prompt", "What color is the circle?", "--max-new-tokens", "4", "--device", "cpu",
+]  # fmt: skip
+TIMES = dict.fromkeys(("prefill_ms", "prune_ms", "total_ms"), 0)
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
 
 
@@ -44,8 +48,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, reference: tuple[Any, Any]) 
 
 def arguments(place: Path, *more: str, files: tuple[str, ...] = ("one.png",), codebook: str = "codebook") -> list[str]:
     paths = [str(place / name) for name in files]
-    base = ["--model", str(CHECKPOINT), "--codebook", str(place / codebook), "--prompt", "What color is the circle?"]
-    return ["image", *paths, *base, "--max-new-tokens", "4", "--device", "cpu", *more]
+    base = ["--codebook", str(place / codebook), *ASK]
+    return ["image", *paths, *base, *more]
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -98,6 +102,76 @@ def test_overlays_are_named_after_their_images(place: Path, tmp_path: Path, caps
     assert int(coloured.sum()) == 36
 
 
+def test_a_folder_is_answered_past_its_bad_files(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], reference: tuple[Any, Any]
+) -> None:
+    for name in ("b.png", "d/e.PNG"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((place / "one.png").read_bytes())
+    for name in (".hidden.png", "notes.txt", "a.png", "c.png"):
+        (tmp_path / name).write_text("not an image")
+    words = ["image", str(tmp_path), str(place / "*.jpg"), *ASK, "--pruner", "random(seed=3)", "--keep-ratio", ".25", "--json"]
+    with pytest.raises(SystemExit) as done:
+        main(words)
+    out, err = capsys.readouterr()
+    assert done.value.code == 1
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [Path(line["file"]).name for line in lines] == ["a.png", "b.png", "c.png", "e.PNG", "two.jpg"]
+    assert ["error" in line for line in lines] == [True, False, True, False, False]
+    assert lines[1] | {"file": lines[3]["file"]} | TIMES == lines[3] | TIMES
+    assert [line["tokens_after"] for line in lines if "error" not in line] == [36] * 3
+    errors = err.splitlines()
+    assert [errors[0].endswith("a.png is not an image file in a known format"), len(errors)] == [True, 3]
+    assert errors[2] == f"error: 2 of 5 files could not be used: {tmp_path}/a.png, {tmp_path}/c.png"
+
+
+def test_a_chain_by_its_spec_is_the_chain(place: Path, capsys: pytest.CaptureFixture[str], reference: tuple[Any, Any]) -> None:
+    spec = "codebook(keep_ratio=0.5) | pyramid(ratios=[.5, .25, .1], rank=paper)"
+    with pytest.raises(SystemExit):
+        main(arguments(place, "--pruner", spec, "--json"))
+    line = json.loads(capsys.readouterr().out)
+    model, processor = reference
+    book = Codebook.from_pretrained(place / "codebook")
+    chain = CodebookPruner(book, keep_ratio=0.5) | PyramidPruner(ratios=(0.5, 0.25, 0.1), rank="paper")
+    text = "USER: <image>\nWhat color is the circle? ASSISTANT:"
+    inputs = processor(images=Image.open(line["file"]).convert("RGB"), text=text, return_tensors="pt")
+    with chain(model):
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=4)
+    assert line["answer"] == processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    counted = [line[f"tokens_{name}"] for name in ("before", "after", "final", "layer_averaged")]
+    stats = chain.stats
+    assert counted == [144, 72, *stats.tokens_final, stats.layer_averaged_tokens]
+    assert stats.tokens_final == [7]
+
+
+def test_compare_takes_turns_and_draws_them_all(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pruners = ["--pruner", "uniform", "--pruner", "random(keep_tokens=9)", "--pruner", "pyramid"]
+    words = ["compare", str(place / "one.png"), *pruners, *ASK, "--keep-tokens", "36", "--overlay", str(tmp_path / "all.png")]
+    with pytest.raises(SystemExit) as done:
+        main([*words, "--json"])
+    assert done.value.code == 0
+    found = json.loads(capsys.readouterr().out)
+    results = found["results"]
+    assert [result["pruner"] for result in results] == ["unpruned", "uniform", "random(keep_tokens=9)", "pyramid"]
+    assert [(r["tokens_after"], r["tokens_final"]) for r in results] == [(144, 144), (36, 36), (9, 9), (144, 18)]
+    assert all(result["prefill_ms"] > 0 and result["total_ms"] > 0 for result in results)
+    assert [results[0]["prune_ms"], results[1]["prune_ms"] > 0] == [0, True]
+    assert found["overlay"] == str(tmp_path / "all.png")
+    picture = np.asarray(Image.open(tmp_path / "all.png")).astype(int)
+    for number, kept in enumerate((144, 36, 9, 18)):
+        shown = picture[:480, 488 * number : 488 * number + 480]
+        coloured = np.ptp(shown, axis=2).reshape(12, 40, 12, 40)[:, 5:-5, :, 5:-5].max((1, 3)) > 0
+        assert int(coloured.sum()) == kept
+    monkeypatch.setenv("COLUMNS", "160")
+    with pytest.raises(SystemExit):
+        main(words[:-2])
+    table = capsys.readouterr().out
+    for word in ("unpruned", "random(keep_tokens=9)", "36 of 144", "144 -> 18 of 144", "prefill ms"):
+        assert word in table
+
+
 def test_a_threshold_and_the_reference_model_by_name(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = arguments(place, "--threshold", "1.5", "--json")
     words[words.index(str(CHECKPOINT))] = "reference"
@@ -119,8 +193,14 @@ def test_inspect(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (summary["prototypes"], summary["dimension"], summary["files_verified"]) == (8, 128, 1)
 
 
+def without(words: list[str], option: str) -> list[str]:
+    place = words.index(option)
+    return words[:place] + words[place + 2 :]
+
+
 def bad_inputs(place: Path, folder: Path) -> dict[str, tuple[list[str], str]]:
     (folder / "words.png").write_text("not an image")
+    (folder / "empty").mkdir()
     (folder / "cut.png").write_bytes((place / "one.png").read_bytes()[:5000])
     shutil.copytree(place / "codebook", folder / "damaged")
     data = bytearray((folder / "damaged/prototypes-00000.safetensors").read_bytes())
@@ -147,7 +227,23 @@ def bad_inputs(place: Path, folder: Path) -> dict[str, tuple[list[str], str]]:
         "missing image": (on(folder / "no.png", *budget), "no.png does not exist"),
         "not an image": (on(folder / "words.png", *budget), "is not an image file"),
         "cut image": (on(folder / "cut.png", *budget), "is damaged or cut short"),
-        "second image bad": (on(place / "one.png", str(folder / "cut.png"), *budget), "is damaged or cut short"),
+        "both images bad": (on(folder / "words.png", str(folder / "cut.png"), *budget), "none of the 2 files can be used"),
+        "empty folder": (on(folder / "empty", *budget), "holds no file that ends in .avif, "),
+        "no match": (on(folder / "*.tiff", *budget), "no file matches"),
+        "no codebook given": (without(arguments(place, *budget), "--codebook"), "needs a codebook: give --codebook"),
+        "no such pruner": (
+            arguments(place, *budget, "--pruner", "magic"),
+            "there is no pruner 'magic'; there are cdpruner, codebook, ",
+        ),
+        "no such parameter": (
+            arguments(place, *budget, "--pruner", "random(sed=1)"),
+            "random has no parameter 'sed'; it has keep_ratio, ",
+        ),
+        "two budgets in all": (
+            arguments(place, *budget, "--pruner", "random(keep_ratio=.5)"),
+            "random(keep_ratio=.5) holds its budget already: leave out keep_tokens",
+        ),
+        "no place for a budget": (arguments(place, *budget, "--pruner", "pyramid"), "pyramid takes no keep_tokens"),
         "no budget": (arguments(place), "no budget: give exactly one of keep_tokens, keep_ratio and threshold"),
         "two budgets": (arguments(place, *budget, "--threshold", "0.5"), "keep_tokens and threshold contradict each other"),
         "bad ratio": (arguments(place, "--keep-ratio", "1.5"), "in (0, 1]"),
@@ -163,7 +259,7 @@ def bad_inputs(place: Path, folder: Path) -> dict[str, tuple[list[str], str]]:
         "device": (replaced("--device", "abacus"), "device abacus cannot be used"),
         "empty prompt": (replaced("--prompt", "  "), "the prompt is empty"),
         "placeholder": (replaced("--prompt", "what is <image>?"), "must not hold <image>"),
-        "overlay format": (arguments(place, *budget, "--overlay", str(folder / "a.doc")), "ends in .png, .jpg or .webp"),
+        "overlay format": (arguments(place, *budget, "--overlay", str(folder / "a.doc")), "ends in .png, .jpg, .jpeg or .webp"),
         "overlay folder": (arguments(place, *budget, "--overlay", str(folder / "no/a.png")), "does not exist"),
         "overlay on input": (on(folder / "own.png", *budget, "--overlay", str(folder / "own.png")), "would overwrite an input"),
         "inspect nothing": (["inspect", str(folder / "none")], "no codebook at"),
@@ -220,8 +316,10 @@ def test_an_interrupt_is_one_line_and_130(place: Path) -> None:
     assert process.stdout is not None
     assert json.loads(process.stdout.readline())["tokens_after"] == 9  # in the middle of its work
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "interrupted\n")
+    assert all(json.loads(line)["tokens_after"] == 9 for line in out.splitlines())
+    assert out == "" or out.endswith("\n")
 
 
 LIGHT = """
