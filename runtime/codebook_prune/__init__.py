@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from codebook_prune.pruners.context import ContextPruner
     from codebook_prune.pruners.divprune import DivPrunePruner
     from codebook_prune.pruners.fastv import FastVPruner
+    from codebook_prune.pruners.pool import PoolPruner
     from codebook_prune.pruners.pyramid import PyramidPruner
     from codebook_prune.pruners.random import RandomPruner
     from codebook_prune.pruners.uniform import UniformPruner
@@ -30,6 +31,7 @@ __all__ = [
     "ContextPruner",
     "DivPrunePruner",
     "FastVPruner",
+    "PoolPruner",
     "PyramidPruner",
     "RandomPruner",
     "UniformPruner",
@@ -45,6 +47,7 @@ _HOMES = {
     "ContextPruner": "codebook_prune.pruners.context",
     "DivPrunePruner": "codebook_prune.pruners.divprune",
     "FastVPruner": "codebook_prune.pruners.fastv",
+    "PoolPruner": "codebook_prune.pruners.pool",
     "PyramidPruner": "codebook_prune.pruners.pyramid",
     "RandomPruner": "codebook_prune.pruners.random",
     "UniformPruner": "codebook_prune.pruners.uniform",

@@ -40,7 +40,7 @@ from codebook_prune.cache_state import (
 from codebook_prune.columns import gather_columns, ignore_unpredicted, join, packed, spread
 from codebook_prune.layers import Entered, LayerDrops
 from codebook_prune.pruners.base import LayerPruner, Pruner
-from codebook_prune.selection import EnteringImages, entering_images, keep_masks
+from codebook_prune.selection import EnteringImages, choose, entering_images
 from codebook_prune.stats import PruneStats
 from codebook_schemas import UserError
 
@@ -152,9 +152,10 @@ class Engine:
             with self.stats.timed(kwargs["inputs_embeds"].device):
                 embeds, positions = kwargs["inputs_embeds"], kwargs.get("position_ids")
                 images = entering_images(self.adapter, call, embeds, positions, self.with_text)
-                keep = None if images is None else self._choose(images, embeds)
-                if keep is not None:
-                    changed, self._state = self._shortened(kwargs, keep, state, cached)
+                chosen = None if images is None else self._choose(images, embeds)
+                if chosen is not None:
+                    embeds, keep = chosen
+                    changed, self._state = self._shortened(kwargs | {"inputs_embeds": embeds}, keep, state, cached)
         if self.drops.plan:
             self.drops.begin(self._entered(kwargs, changed, images, state, stages))
         return ((), kwargs | changed) if changed else None
@@ -237,16 +238,20 @@ class Engine:
         positions: Tensor = given.to(embeds.device).expand(len(embeds), -1)
         return positions
 
-    def _choose(self, images: EnteringImages, embeds: Tensor) -> Tensor | None:
-        """Keep mask [batch, length] bool of a call, None when everything stays; counts."""
-        masks = keep_masks(self.pruners, images, len(embeds)) if self.pruners else None
+    def _choose(self, images: EnteringImages, embeds: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Input embeddings of a call, merged where a pruner did so, and keep mask [batch, length] bool; None when everything
+        stays. Counts."""
+        chosen = choose(self.pruners, images, len(embeds)) if self.pruners else None
+        masks = None if chosen is None else chosen.masks
         after = images.lengths if masks is None else torch.stack([mask.sum() for mask in masks]).tolist()
         self.stats.count(images.lengths, after, masks, images.positions, images.frames)
-        if masks is None or after == images.lengths:
+        if chosen is None or after == images.lengths:
             return None
         keep = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-        keep.view(-1)[images.column] = torch.cat(masks)
-        return keep
+        keep.view(-1)[images.column] = torch.cat(chosen.masks)
+        if chosen.embeddings is not None:
+            embeds = embeds.flatten(0, 1).index_copy(0, images.column, chosen.embeddings).view(embeds.shape)
+        return embeds, keep
 
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:

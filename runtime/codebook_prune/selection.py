@@ -67,25 +67,37 @@ def _text(adapter: VLMAdapter, call: Mapping[str, Any], embeds: Tensor, row: int
     return embeds[row, text.to(embeds.device)].detach()
 
 
-def keep_masks(pruners: Sequence[Pruner], images: EnteringImages, batch: int) -> list[Tensor] | None:
-    """Keep mask [n] bool of every image after all pruners, or None when no budget asks for less than everything.
+@dataclass(frozen=True)
+class Chosen:
+    """What stays of a call's visual tokens: a keep mask [n] bool an item, and the embeddings of all tokens [n, d] where some
+    were merged into others (None: as they entered; those of dropped tokens mean nothing)."""
 
-    Newlines stay. Each pruner is given what the one before kept.
+    masks: list[Tensor]
+    embeddings: Tensor | None
+
+
+def choose(pruners: Sequence[Pruner], images: EnteringImages, batch: int) -> Chosen | None:
+    """What stays after all pruners, or None when no budget asks for less than everything.
+
+    Newlines stay. Each pruner is given what the one before kept, as it left it.
     """
     device = images.column.device
     scored = [position[:, 0] >= 0 for position in images.positions]  # on the CPU
     left = [None if bool(mask.all()) else mask.to(device) for mask in scored]
-    dropped = False
+    tokens, dropped, merged = list(images.tokens), False, False
     for pruner in pruners:
-        given = [tokens if mask is None else tokens.only(mask) for tokens, mask in zip(images.tokens, left, strict=True)]
+        given = [own if mask is None else own.only(mask) for own, mask in zip(tokens, left, strict=True)]
         for number, kept in enumerate(pruner.keep_each(given, pruner.budget.per_image(images.rows, batch))):
-            if kept is not None:
-                mask, dropped = left[number], True
-                left[number] = kept if mask is None else mask.masked_scatter(mask, kept)
+            if kept is None:
+                continue
+            mask, dropped = left[number], True
+            left[number] = mask = kept.mask if mask is None else mask.masked_scatter(mask, kept.mask)
+            if kept.embeddings is not None:
+                tokens[number], merged = tokens[number].with_embeddings(mask, kept.embeddings), True
     if not dropped:
         return None
     masks = []
-    for mask, own, n in zip(left, scored, images.lengths, strict=True):
-        every = torch.ones(n, dtype=torch.bool, device=device) if mask is None else mask
+    for left_over, own, n in zip(left, scored, images.lengths, strict=True):
+        every = torch.ones(n, dtype=torch.bool, device=device) if left_over is None else left_over
         masks.append(every if bool(own.all()) else every | ~own.to(device))
-    return masks
+    return Chosen(masks, torch.cat([own.embeddings for own in tokens]) if merged else None)

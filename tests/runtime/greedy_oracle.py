@@ -91,3 +91,22 @@ def cdpruner(vectors: Sequence[Vector], text: Sequence[Vector], keep: int, theta
             values[i] = determinant([[weight[a] * same[a][b] * weight[b] for b in some] for a in some])
         chosen.append(first_best(values))
     return chosen
+
+
+def pooled(rows: int, columns: int, keep: int) -> list[list[int]]:
+    """The tokens of each cell of a grid in raster order: bands of rows, each cut into cells."""
+    bands = min(max(round(math.sqrt(keep * rows / columns)), math.ceil(keep / columns)), rows, keep)
+    found: list[list[int]] = []
+    for band in range(bands):
+        mine = [row for row in range(rows) if row * bands // rows == band]
+        across = (band + 1) * keep // bands - band * keep // bands
+        for cell in range(across):
+            inside = [column for column in range(columns) if column * across // columns == cell]
+            found.append([row * columns + column for row in mine for column in inside])
+    return found
+
+
+def middle(cell: Sequence[int], columns: int) -> int:
+    """The token nearest to the middle of its cell."""
+    row, column = (sum(f(i) for i in cell) / len(cell) for f in (lambda i: i // columns, lambda i: i % columns))
+    return first_best({i: -((i // columns - row) ** 2 + (i % columns - column) ** 2) for i in cell})

@@ -49,10 +49,10 @@ def inputs_of(prompts: list[Prompt]) -> dict[str, Any]:
 
 @torch.no_grad()
 def shortened(
-    model: Any, p: Prompt, keep: int | Sequence[int], positions: str, score: Any = None
+    model: Any, p: Prompt, keep: int | Sequence[int], positions: str, score: Any = None, merge: Any = None
 ) -> tuple[Tensor, Tensor, int]:
     """(embeddings [1, kept, d], positions [1, kept], the position the next token has) of one row after pruning by hand; `keep`
-    may be one number an image, `score` makes redundancies of an image's features."""
+    may be one number an image, `score` makes redundancies of an image's features, `merge` new vectors for its kept tokens."""
     inputs = inputs_of([p])
     vectors = list(model.get_input_embeddings()(inputs["input_ids"][0]))
     visual = [i for i, token in enumerate(inputs["input_ids"][0].tolist()) if token == model.config.image_token_id]
@@ -65,7 +65,12 @@ def shortened(
             vectors[place] = feature
         scores = [f[::2].mean().item() for f in features] if score is None else score(features)
         ranked = sorted(range(len(mine)), key=lambda i: (scores[i], i))
-        gone |= {mine[i] for i in ranked[keep if isinstance(keep, int) else keep[number] :]}
+        limit = keep if isinstance(keep, int) else keep[number]
+        gone |= {mine[i] for i in ranked[limit:]}
+        if merge is not None:
+            kept = sorted(ranked[:limit])
+            for i, vector in zip(kept, merge(features, kept, pixels), strict=True):
+                vectors[mine[i]] = vector
     left = [i for i in range(len(vectors)) if i not in gone]
     numbers = left if positions == "original" else list(range(len(left)))
     following = len(vectors) if positions == "original" else len(left)

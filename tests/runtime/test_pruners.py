@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import greedy_oracle as by_hand
 import pytest
 import torch
 from codebook_folder import write_codebook
@@ -22,6 +23,7 @@ from codebook_prune import (
     ContextPruner,
     DivPrunePruner,
     FastVPruner,
+    PoolPruner,
     PyramidPruner,
     RandomPruner,
     UniformPruner,
@@ -51,9 +53,19 @@ PRUNERS: dict[str, Callable[[Path], Callable[..., Pruner]]] = {  # every method 
     "codebook": lambda folder: partial(CodebookPruner, codebook_of(folder)),
     "codebook_diversity": lambda folder: partial(CodebookDiversityPruner, codebook_of(folder)),
     "divprune": lambda _: DivPrunePruner,
+    "pool": lambda _: PoolPruner,
     "random": lambda _: RandomPruner,
     "uniform": lambda _: UniformPruner,
 }
+
+
+def pooled(features: torch.Tensor, kept: list[int], pixels: torch.Tensor) -> list[torch.Tensor]:
+    """Means of the cells around the kept tokens of a 4 x 4 grid."""
+    groups = {by_hand.middle(cell, 4): cell for cell in by_hand.pooled(4, 4, len(kept))}
+    return [sum(features[i] for i in groups[token]) / len(groups[token]) for token in kept]
+
+
+MERGED = {"pool": pooled}
 each_method = pytest.mark.parametrize("method", PRUNERS)
 
 
@@ -85,7 +97,8 @@ def test_the_model_sees_what_is_kept_and_nothing_else(method: str, positions: st
     assert [int(mask.sum()) for mask in stats.kept] == stats.tokens_after == [5, 7, 5]
     masks = iter(stats.kept)
     for row, p, keep in zip(out, prompts, budgets, strict=True):
-        tokens, _ = greedy(MODEL, shortened(MODEL, p, keep, positions, lambda _: (~next(masks)).int().tolist()), 3)
+        row_by_hand = shortened(MODEL, p, keep, positions, lambda _: (~next(masks)).int().tolist(), MERGED.get(method))
+        tokens, _ = greedy(MODEL, row_by_hand, 3)
         assert row[-3:].tolist() == tokens
     with make(keep_tokens=(7, 5))(MODEL) as alone, torch.no_grad():
         MODEL(**inputs_of(prompts[2:]))

@@ -39,6 +39,12 @@ class VisualTokens:
         cls, frame = (None if x is None else x[chosen] for x in (self.cls_similarity, self.frame))
         return VisualTokens(self.embeddings[chosen], self.image[chosen], self.position[chosen], cls, frame, self.text)
 
+    def with_embeddings(self, chosen: Tensor, embeddings: Tensor) -> VisualTokens:
+        """These tokens, where `chosen` [n] bool is True with other `embeddings` [chosen, d]."""
+        vectors = self.embeddings.clone()
+        vectors[chosen] = embeddings.to(vectors.dtype)
+        return replace(self, embeddings=vectors)
+
     def frames(self) -> list[VisualTokens]:
         """One item's tokens grid by grid, in order, not copied."""
         if self.frame is None:

@@ -21,6 +21,24 @@ Positions = Literal["compact", "original"]
 Attention = Literal["previous", "next"]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What stays of an image or video: mask [n] bool, and the new embeddings [kept, d] of these tokens (None: as they were)."""
+
+    mask: Tensor
+    embeddings: Tensor | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Kept], tokens: VisualTokens) -> Kept:
+        """Of the grids of one item, `tokens`, in order."""
+        mask = torch.cat([part.mask for part in parts])
+        if all(part.embeddings is None for part in parts):
+            return cls(mask)
+        vectors = torch.split(tokens.embeddings, [len(part.mask) for part in parts])
+        both = zip(parts, vectors, strict=True)
+        return cls(mask, torch.cat([own[p.mask] if p.embeddings is None else p.embeddings for p, own in both]))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pruner:
     """A pruning method that drops visual tokens before decoder layer 0. A new one is one file with one `score`, or with one
@@ -81,16 +99,30 @@ class Pruner:
             masks.append(self.budget.mask(scores) if count is None else lowest(scores, count))
         return torch.stack(masks)
 
+    def merge(self, images: Sequence[VisualTokens], kept: Tensor) -> Tensor | None:
+        """New embeddings of the tokens that stay, for methods that put what goes into them. Default: None, as they are.
+
+        Args:
+            images: what `select` was given.
+            kept: [images, n] bool, what it returned: equally many in each row.
+
+        Returns:
+            [images, kept tokens, d] in the order of the kept tokens, or None.
+        """
+        del images, kept
+        return None
+
     def check(self, adapter: VLMAdapter) -> None:
         """Refuse a model this pruner cannot serve (raises UserError); called when a block is entered. Default: none."""
         del adapter
 
     def keep(self, tokens: VisualTokens, keep_tokens: int | None = None) -> Tensor | None:
-        """`keep_each` of one image or video."""
-        return self.keep_each([tokens], [keep_tokens])[0]
+        """Keep mask [n] bool of one image or video: `keep_each` without its embeddings."""
+        kept = self.keep_each([tokens], [keep_tokens])[0]
+        return None if kept is None else kept.mask
 
-    def keep_each(self, items: Sequence[VisualTokens], limits: Sequence[int | None]) -> list[Tensor | None]:
-        """Keep mask [n] bool of every image or video, None where the budget holds all its tokens (nothing is scored then).
+    def keep_each(self, items: Sequence[VisualTokens], limits: Sequence[int | None]) -> list[Kept | None]:
+        """What stays of every image or video, None where the budget holds all its tokens (nothing is scored then).
 
         A video's frames, and the crops or tiles of an image, are chosen from one by one; each has its share of the item's
         budget. Those of equal sizes and shares, of all items, go through `select` together.
@@ -108,21 +140,24 @@ class Pruner:
                 lengths = [len(frame.embeddings) for frame in frames]
                 grids += zip(frames, [None] * len(frames) if count is None else shares(count, lengths), strict=True)
                 owners += [number] * len(frames)
-        masks = self._keep_grids(grids)
-        parts = [[mask for owner, mask in zip(owners, masks, strict=True) if owner == number] for number in range(len(items))]
-        return [torch.cat(part) if part else None for part in parts]
+        found = self._keep_grids(grids)
+        parts = [[kept for owner, kept in zip(owners, found, strict=True) if owner == number] for number in range(len(items))]
+        return [Kept.joined(part, item) if part else None for part, item in zip(parts, items, strict=True)]
 
-    def _keep_grids(self, grids: Sequence[tuple[VisualTokens, int | None]]) -> list[Tensor]:
-        """Keep mask [n] bool of every grid, given how many of its tokens stay."""
-        masks = [frame.image.new_full((len(frame.image),), count != 0, dtype=torch.bool) for frame, count in grids]
+    def _keep_grids(self, grids: Sequence[tuple[VisualTokens, int | None]]) -> list[Kept]:
+        """What stays of every grid, given how many of its tokens."""
+        found = [Kept(frame.image.new_full((len(frame.image),), count != 0, dtype=torch.bool)) for frame, count in grids]
         alike: dict[tuple[int, int | None], list[int]] = {}
         for i, (frame, count) in enumerate(grids):
             if count is None or 0 < count < len(frame.image):
                 alike.setdefault((len(frame.image), count), []).append(i)
         for (_, count), members in alike.items():
-            for i, mask in zip(members, self.select([grids[i][0] for i in members], count), strict=True):
-                masks[i] = mask
-        return masks
+            given = [grids[i][0] for i in members]
+            masks = self.select(given, count)
+            merged = self.merge(given, masks)
+            for place, i in enumerate(members):
+                found[i] = Kept(masks[place], None if merged is None else merged[place])
+        return found
 
     def __call__(self, model: Any, *, full_length: bool = False) -> AbstractContextManager[PruneStats]:
         """A block in which `model` (a supported transformers VLM) is pruned; it yields `stats`, reset on entry.
