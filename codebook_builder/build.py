@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from codebook_builder import artefact
 from codebook_builder.commit import Marker, committed
+from codebook_builder.costs import Work
 from codebook_builder.progress import Progress
 from codebook_builder.publish import choose, resolve_thresholds
 from codebook_builder.run import Probed, RunFolder, calibration_limits, with_cascade, with_thresholds
@@ -32,7 +33,7 @@ class QuarantinedError(Exception):
 
 @dataclass(frozen=True)
 class Report:
-    """What a build did: the codebook, its digest, and what was left out."""
+    """What a build did: the codebook, its digest, what was left out, and the work of this run (not of one it resumed)."""
 
     output: str
     digest: str
@@ -42,6 +43,7 @@ class Report:
     skipped: int
     quarantined: tuple[str, ...]
     seconds: float
+    work: dict[str, float]
 
 
 class Build:
@@ -58,6 +60,7 @@ class Build:
         self.fingerprint: str | None = None
         self.quarantined: list[str] = []
         self.started = time.perf_counter()
+        self.work = Work()
 
     def codebook(self) -> Report:
         """Build the codebook at `config.output`; a finished one is reported, not built again.
@@ -154,6 +157,7 @@ class Build:
                 skipped += [(outcome.shard, s.key, s.reason) for s in outcome.skipped]
                 progress.advance(outcome)
                 self._check_skipped(skipped, samples)
+        self.work += progress.work
         if failed and not self.allow_quarantine:
             raise QuarantinedError(sorted(failed), self.run.quarantine)
         self.quarantined = sorted({*self.quarantined, *failed})
@@ -201,6 +205,7 @@ class Build:
             skipped=manifest.counts.get("skipped", 0),
             quarantined=tuple(self.quarantined),
             seconds=round(time.perf_counter() - self.started, 3),
+            work=asdict(self.work) | {"skip_rate": round(self.work.skip_rate, 4), "mfu": round(self.work.mfu, 4)},
         )
 
 

@@ -91,6 +91,10 @@ class ReadOut:
         self._decoder, self._head, self._budget = decoder, head, tokens_per_batch
         self._cost = DecoderCost.of(decoder, head, trimmed=True)
         self._too_large: set[tuple[int, int, int]] = set()
+        self.reset()
+
+    def reset(self) -> None:
+        """Count from zero."""
         self.tokens_computed = self.rows_computed = self.memory_splits = 0
         self.flops = 0.0
 

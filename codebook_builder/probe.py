@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from codebook_builder.costs import Work, measured_peak
 from codebook_builder.divergence import Candidates, top1_probability
 from codebook_builder.forward import ReadOut, SharedPrefix, last_position_only
 from codebook_builder.prompt import SplitPrompt, ablation_embedding, split_prompt
@@ -87,6 +88,12 @@ class ProbeCounters:
     vision_seconds: float = 0.0
     llm_seconds: float = 0.0
 
+    def work(self, peak: float) -> Work:
+        """All of it in short; `peak`: FLOP/s of the device."""
+        kinds = (self.single, self.region, self.global_)
+        asked, skipped = sum(k.asked for k in kinds), sum(k.skipped for k in kinds)
+        return Work(asked, skipped, self.tokens, self.flops, peak * self.llm_seconds)
+
 
 @dataclass
 class OneImage:
@@ -140,12 +147,34 @@ class Prober:
         Raises:
             UserError: the image's visual tokens form no grid, or its tokens cannot be sampled as configured.
         """
-        scores = []
+        return [self.probe_prepared(self.prepare(image), key) for image, key in zip(images, keys, strict=True)]
+
+    def prepare(self, image: Image.Image) -> SplitPrompt:
+        """The CPU's share of an image, tokens and pixels, ready for a fast copy to a GPU; another thread may do it.
+
+        Raises:
+            UserError: as `split_prompt`.
+        """
+        prompt = split_prompt(self._adapter, self._processor, self._config, image)
+        if not self._embed.weight.is_cuda:
+            return prompt
+        pinned = {name: v.pin_memory() if isinstance(v, Tensor) else v for name, v in prompt.inputs.items()}
+        return replace(prompt, inputs=pinned)
+
+    def probe_prepared(self, prompt: SplitPrompt, key: str) -> ImageScores:
+        """Scores of one image; see `probe`."""
         with torch.inference_mode(), last_position_only(self._adapter.decoder):
-            for image, key in zip(images, keys, strict=True):
-                scores.append(self._probe_image(image, key))
-                self._publish()
+            scores = self._probe_image(prompt, key)
+        self._publish()
         return scores
+
+    def take_work(self) -> Work:
+        """What was done since the last call, measured against this device's peak."""
+        weight = self._embed.weight
+        work = self.counters.work(measured_peak(weight.device, weight.dtype))
+        self.counters = ProbeCounters()
+        self._read.reset()
+        return work
 
     def _publish(self) -> None:
         self.counters.rows, self.counters.tokens = self._read.rows_computed, self._read.tokens_computed
@@ -165,9 +194,8 @@ class Prober:
         vectors: Tensor = self._embed(ids.to(self._embed.weight.device))
         return vectors
 
-    def _probe_image(self, image: Image.Image, key: str) -> ImageScores:
+    def _probe_image(self, prompt: SplitPrompt, key: str) -> ImageScores:
         started = time.perf_counter()
-        prompt = split_prompt(self._adapter, self._processor, self._config, image)
         visual = self._adapter.encode(prompt.inputs)
         embeddings = visual.embeddings.float().cpu()
         encoded = time.perf_counter()

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from codebook_builder.costs import Work
 from codebook_builder.worker import ShardResult
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -20,6 +21,7 @@ class Progress:
 
     def __init__(self, name: str, total: int, done: int, quiet: bool = False) -> None:
         self.name, self.total, self.done, self.before = name, total, done, done
+        self.work = Work()
         self._console = Console(file=sys.stderr, quiet=quiet)
         self._started = self._last = time.perf_counter()
         self._bar: Bar | None = None
@@ -51,8 +53,9 @@ class Progress:
     def advance(self, result: ShardResult) -> None:
         """A shard was committed."""
         self.done += result.images + len(result.skipped)
+        self.work += result.work
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, rate=f"{self.rate:.2f} images/s")
+            self._bar.update(self._task, completed=self.done, rate=self._speed())
         elif time.perf_counter() - self._last >= SECONDS_BETWEEN_LINES:
             self._last = time.perf_counter()
             self._line(self._text())
@@ -63,7 +66,13 @@ class Progress:
 
     def _text(self) -> str:
         left = (self.total - self.done) / max(1e-9, self.rate)
-        return f"{self.name}: {self.done}/{self.total} images, {self.rate:.2f} images/s, {left:.0f} s left"
+        return f"{self.name}: {self.done}/{self.total} images, {left:.0f} s left, {self._speed()}"
+
+    def _speed(self) -> str:
+        text = f"{self.rate:.2f} images/s"
+        if not self.work.asked:
+            return text
+        return f"{text}, {self.work.skip_rate:.0%} of experiments skipped, MFU {self.work.mfu:.0%}"
 
     def _line(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -6,17 +6,20 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image
 
 from codebook_builder.commit import Encoder, Marker, PartWriter, Skipped, commit, read_marker
+from codebook_builder.costs import Work
+from codebook_builder.prefetch import prefetched
 from codebook_builder.shards import read_shard
 from codebook_schemas import ProbeConfig, UserError
 from codebook_schemas.config import content_hash
@@ -25,10 +28,13 @@ from codebook_schemas.inputs import ShardEntry
 from codebook_schemas.tables import probe_schema
 
 if TYPE_CHECKING:
-    from codebook_builder.probe import ImageScores
+    from codebook_builder.probe import ImageScores, Prober
+    from codebook_builder.prompt import SplitPrompt
 
-IMAGES_PER_CALL = 8
-"""Images probed together. Fixed: another grouping could change scores in their last bits."""
+IMAGES_PER_ROW_GROUP = 8
+"""Images whose scores are written together. Fixed, so that a shard's part is the same bytes wherever it is made."""
+IMAGES_AHEAD = 8
+"""Images decoded and processed ahead of the model."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +79,18 @@ def limited_hash(probe_hash: str, limit: int) -> str:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What a committed shard reports: never the data itself. `seconds` are wall time of this attempt by phase."""
+    """What a committed shard reports: never the data itself.
+
+    `seconds` are wall time of this attempt by phase: `read` goes on in the background, `wait` is how long the model waited for
+    it. `work` is what the experiments took.
+    """
 
     shard: str
     rows: int
     images: int
     skipped: tuple[Skipped, ...]
     seconds: dict[str, float] = field(default_factory=dict)
+    work: Work = field(default_factory=Work)
 
 
 @dataclass(frozen=True)
@@ -150,19 +161,14 @@ def process_shard(task: ShardTask) -> ShardResult:
     path = Path(task.shard.path)
     _verify_input(path, task.shard)
     prober, encoder = _prober(task.spec)
-    seconds = {"verify_and_load": time.perf_counter() - started, "read": 0.0, "probe": 0.0, "write": 0.0}
+    seconds = {"verify_and_load": time.perf_counter() - started, "read": 0.0, "wait": 0.0, "probe": 0.0, "write": 0.0}
     skipped: list[Skipped] = []
     images = 0
     with PartWriter(task.folder, task.shard.name, task.attempt, encoder.dimension) as part:
-        for keys, batch in _batches(path, task.limit, skipped, seconds):
-            clock = time.perf_counter()
-            scores = prober.probe(batch, keys)
-            seconds["probe"] += time.perf_counter() - clock
-            clock = time.perf_counter()
-            good = [s for s in scores if _is_finite(s, skipped)]
-            part.write(to_table(good, task.shard.name, encoder.dimension))
-            images += len(good)
-            seconds["write"] += time.perf_counter() - clock
+        for group in _probed(prober, path, task.limit, skipped, seconds):
+            with _timed(seconds, "write"):
+                part.write(to_table(group, task.shard.name, encoder.dimension))
+            images += len(group)
     marker = Marker(
         file=part.path.name,
         bytes=part.path.stat().st_size,
@@ -176,7 +182,7 @@ def process_shard(task: ShardTask) -> ShardResult:
     )
     if not commit(task.folder, task.shard.name, marker):
         marker = read_marker(task.folder, task.shard.name) or marker
-    return ShardResult(task.shard.name, marker.rows, marker.images, marker.skipped, seconds)
+    return ShardResult(task.shard.name, marker.rows, marker.images, marker.skipped, seconds, prober.take_work())
 
 
 def _verify_input(path: Path, shard: ShardEntry) -> None:
@@ -188,29 +194,54 @@ def _verify_input(path: Path, shard: ShardEntry) -> None:
         raise UserError(f"shard {path} is not the file that was scanned: scan again, or restore it")
 
 
-def _batches(
-    path: Path, limit: int | None, skipped: list[Skipped], seconds: dict[str, float]
-) -> Iterator[tuple[list[str], list[Image.Image]]]:
-    """Groups of readable images with their keys; the others are added to `skipped`."""
-    keys: list[str] = []
-    images: list[Image.Image] = []
-    clock = time.perf_counter()
-    for number, (key, value) in enumerate(read_shard(path)):
-        if number == limit:
-            break
-        if isinstance(value, str):
-            skipped.append(Skipped(key=key, reason=value))
-            continue
-        keys.append(key)
-        images.append(value)
-        if len(images) == IMAGES_PER_CALL:
-            seconds["read"] += time.perf_counter() - clock
-            yield keys, images
-            keys, images = [], []
-            clock = time.perf_counter()
-    seconds["read"] += time.perf_counter() - clock
-    if images:
-        yield keys, images
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[phase] += time.perf_counter() - started
+
+
+def _prepared(
+    prober: Prober, path: Path, limit: int | None, seconds: dict[str, float]
+) -> Iterator[tuple[str, SplitPrompt | str]]:
+    """Key and prepared image of every sample of a shard, or the reason why it has none."""
+    samples = islice(read_shard(path), limit)
+    while True:
+        with _timed(seconds, "read"):
+            sample = next(samples, None)
+            if sample is None:
+                return
+            key, value = sample
+            found = value if isinstance(value, str) else prober.prepare(value)
+        yield key, found
+
+
+def _probed(
+    prober: Prober, path: Path, limit: int | None, skipped: list[Skipped], seconds: dict[str, float]
+) -> Iterator[list[ImageScores]]:
+    """Scores of a shard's images, a row group at a time; samples that cannot be used are added to `skipped`, in order."""
+    group: list[ImageScores] = []
+    with prefetched(_prepared(prober, path, limit, seconds), IMAGES_AHEAD) as samples:
+        while True:
+            with _timed(seconds, "wait"):
+                sample = next(samples, None)
+            if sample is None:
+                break
+            key, prompt = sample
+            if isinstance(prompt, str):
+                skipped.append(Skipped(key=key, reason=prompt))
+                continue
+            with _timed(seconds, "probe"):
+                scores = prober.probe_prepared(prompt, key)
+            if _is_finite(scores, skipped):
+                group.append(scores)
+            if len(group) == IMAGES_PER_ROW_GROUP:
+                yield group
+                group = []
+    if group:
+        yield group
 
 
 def _is_finite(scores: ImageScores, skipped: list[Skipped]) -> bool:

@@ -57,6 +57,11 @@ def test_a_build_is_complete_and_says_what_it_did(whole: tuple[BuildConfig, Repo
     assert report.prototypes == manifest.rows == manifest.counts["prototypes"] > 0
     assert (manifest.counts["images"], manifest.counts["tokens"], report.skipped) == (12, 144, 0)
     assert manifest.config == config
+    # Calibration asks for all experiments of five images, the build of all twelve; what is skipped is not computed.
+    assert report.work["asked"] == 3 * 12 * (5 + 12)
+    assert 0 < report.work["skipped"] < 2 * 12 * 12
+    assert report.work["flops"] > report.work["tokens"] * 2e6
+    assert 0 < report.work["mfu"] < 1.5
     assert manifest.quality.index_recall == 1.0
     from codebook_prune.adapters.loading import adapter_for
 
