@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from codebook_prune.pruners.pyramid import PyramidPruner
     from codebook_prune.pruners.random import RandomPruner
     from codebook_prune.pruners.uniform import UniformPruner
+    from codebook_prune.pruners.visionzip import VisionZipPruner
     from codebook_schemas.errors import UserError
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "RandomPruner",
     "UniformPruner",
     "UserError",
+    "VisionZipPruner",
     "load_model",
 ]
 
@@ -51,6 +53,7 @@ _HOMES = {
     "PyramidPruner": "codebook_prune.pruners.pyramid",
     "RandomPruner": "codebook_prune.pruners.random",
     "UniformPruner": "codebook_prune.pruners.uniform",
+    "VisionZipPruner": "codebook_prune.pruners.visionzip",
     "UserError": "codebook_schemas.errors",
     "load_model": "codebook_prune.adapters.loading",
 }

@@ -100,17 +100,29 @@ class Budget:
         """
         if not isinstance(self.keep_tokens, tuple):
             return [None] * len(rows)
-        given = len(self.keep_tokens)
-        copies = len(rows) // given
-        wrong = UserError(f"keep_tokens has {given} numbers for {len(rows)} images: give one for each image")
-        if copies * given != len(rows) or batch % max(copies, 1):
-            raise wrong
-        places = [(row // copies, j - rows.index(row)) for j, row in enumerate(rows)]
-        distinct = sorted(set(places))
-        if len(distinct) != given:
-            raise wrong
-        value = dict(zip(distinct, self.keep_tokens, strict=True))
-        return [value[place] for place in places]
+        origin = sources(rows, batch, len(self.keep_tokens))
+        if origin is None:
+            raise UserError(f"keep_tokens has {len(self.keep_tokens)} numbers for {len(rows)} images: give one for each image")
+        return [self.keep_tokens[image] for image in origin]
+
+
+def sources(rows: Sequence[int], batch: int, given: int) -> list[int] | None:
+    """Which of the `given` images each image of a call is, where `generate` repeated every prompt for its beams.
+
+    Args:
+        rows: the batch row of every image, ascending.
+        batch: rows of the call.
+        given: images before the repetition.
+
+    Returns:
+        Their numbers, or None when the images cannot be copies of that many.
+    """
+    copies = len(rows) // given
+    if copies * given != len(rows) or batch % max(copies, 1):
+        return None
+    places = [(row // copies, j - rows.index(row)) for j, row in enumerate(rows)]
+    number = {place: i for i, place in enumerate(sorted(set(places)))}
+    return [number[place] for place in places] if len(number) == given else None
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:

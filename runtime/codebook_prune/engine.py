@@ -38,6 +38,7 @@ from codebook_prune.cache_state import (
     state_of,
 )
 from codebook_prune.columns import gather_columns, ignore_unpredicted, join, packed, spread
+from codebook_prune.encoder import EncoderTap
 from codebook_prune.layers import Entered, LayerDrops
 from codebook_prune.pruners.base import LayerPruner, Pruner
 from codebook_prune.selection import EnteringImages, choose, entering_images
@@ -76,6 +77,8 @@ def pruned(
     handles: list[Any] = []
     try:
         engine.drops.install(handles)
+        if engine.encoder is not None:
+            engine.encoder.install(handles)
         handles.append(model.register_forward_pre_hook(engine.before_model, with_kwargs=True))
         handles.append(base.register_forward_pre_hook(engine.before_base, with_kwargs=True))
         handles.append(decoder.register_forward_pre_hook(engine.before_decoder, with_kwargs=True))
@@ -96,6 +99,7 @@ class Engine:
         self.pruners = tuple(pruner for pruner in pruners if isinstance(pruner, Pruner))
         self.drops = LayerDrops(adapter, [pruner for pruner in pruners if isinstance(pruner, LayerPruner)], stats)
         self.with_text = any(pruner.sees_text for pruner in self.pruners)
+        self.encoder = EncoderTap(adapter) if any(pruner.sees_encoder for pruner in self.pruners) else None
         self.compact = any(pruner.positions == "compact" for pruner in self.pruners)
         self._names = {module: parameter_names(module) for module in (adapter.model, adapter.model.base_model)}
         self._call: Arguments | None = None
@@ -151,7 +155,7 @@ class Engine:
         if brings_images(call):
             with self.stats.timed(kwargs["inputs_embeds"].device):
                 embeds, positions = kwargs["inputs_embeds"], kwargs.get("position_ids")
-                images = entering_images(self.adapter, call, embeds, positions, self.with_text)
+                images = entering_images(self.adapter, call, embeds, positions, self.with_text, self.encoder)
                 chosen = None if images is None else self._choose(images, embeds)
                 if chosen is not None:
                     embeds, keep = chosen

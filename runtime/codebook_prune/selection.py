@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from codebook_prune.adapters.base import VisualTokens, VLMAdapter, entering_tokens
+from codebook_prune.encoder import EncoderTap
 from codebook_prune.pruners.base import Pruner
 
 
@@ -31,11 +32,16 @@ class EnteringImages:
 
 
 def entering_images(
-    adapter: VLMAdapter, call: Mapping[str, Any], embeds: Tensor, position_ids: Tensor | None, with_text: bool = False
+    adapter: VLMAdapter,
+    call: Mapping[str, Any],
+    embeds: Tensor,
+    position_ids: Tensor | None,
+    with_text: bool = False,
+    encoder: EncoderTap | None = None,
 ) -> EnteringImages | None:
     """Cut the visual tokens out of a call's input embeddings [batch, length, d]; None when there are none.
 
-    `with_text` fills in `VisualTokens.text`: what else is in the row, padding left out.
+    `with_text` fills in `VisualTokens.text`: what else is in the row, padding left out; `encoder` `VisualTokens.encoder`.
 
     Raises:
         UserError: an image or video does not enter whole, or its grid cannot be told.
@@ -56,6 +62,9 @@ def entering_images(
     if with_text:
         texts = {row: _text(adapter, call, embeds, row) for row in set(rows)}
         tokens = [replace(own, text=texts[row]) for own, row in zip(tokens, rows, strict=True)]
+    if encoder is not None:
+        views = encoder.views(call, lengths, rows, len(embeds))
+        tokens = [replace(own, encoder=view) for own, view in zip(tokens, views, strict=True)]
     return EnteringImages(tokens, column, lengths, rows, list(positions), list(frames))
 
 

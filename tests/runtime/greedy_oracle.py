@@ -110,3 +110,27 @@ def middle(cell: Sequence[int], columns: int) -> int:
     """The token nearest to the middle of its cell."""
     row, column = (sum(f(i) for i in cell) / len(cell) for f in (lambda i: i // columns, lambda i: i % columns))
     return first_best({i: -((i // columns - row) ** 2 + (i % columns - column) ** 2) for i in cell})
+
+
+def visionzip(
+    attention: Sequence[float], keys: Sequence[Vector], hidden: Sequence[Vector], keep: int, share: float, cls: Vector | None
+) -> tuple[list[int], list[list[float]]]:
+    """(places that stay, what stands there before the connector)."""
+    n, spare = len(attention), int(cls is not None)
+    merged = min(math.floor(share * keep + 0.5), keep - spare)
+    dominant = sorted(sorted(range(n), key=lambda i: (-attention[i], i))[: keep - merged - spare])
+    rest = [i for i in range(n) if i not in dominant]
+    targets = [rest[k * (len(rest) // merged)] for k in range(merged)]
+    vectors = {i: list(hidden[i]) for i in dominant + targets}
+    assigned: dict[int, list[int]] = {t: [] for t in targets}
+    for i in set(rest) - set(targets):
+        if targets:
+            assigned[first_best({t: cosine(keys[i], keys[t]) for t in targets})].append(i)
+    for target, others in assigned.items():
+        for column in range(len(vectors[target])):
+            vectors[target][column] += sum(hidden[i][column] for i in others) / max(1, len(others))
+    kept = sorted(vectors)
+    rows = [vectors[i] for i in kept]
+    if cls is not None:
+        kept, rows = sorted([*kept, min(set(range(n)) - set(kept))]), [list(cls), *rows]
+    return kept, rows

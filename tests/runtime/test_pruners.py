@@ -28,8 +28,9 @@ from codebook_prune import (
     RandomPruner,
     UniformPruner,
     UserError,
+    VisionZipPruner,
 )
-from codebook_prune.adapters.base import VisualTokens
+from codebook_prune.adapters.base import EncoderView, VisualTokens
 from codebook_prune.pruners import pruners
 from codebook_prune.pruners.base import LayerPruner, Pruner
 
@@ -56,6 +57,7 @@ PRUNERS: dict[str, Callable[[Path], Callable[..., Pruner]]] = {  # every method 
     "pool": lambda _: PoolPruner,
     "random": lambda _: RandomPruner,
     "uniform": lambda _: UniformPruner,
+    "visionzip": lambda _: VisionZipPruner,
 }
 
 
@@ -65,7 +67,21 @@ def pooled(features: torch.Tensor, kept: list[int], pixels: torch.Tensor) -> lis
     return [sum(features[i] for i in groups[token]) / len(groups[token]) for token in kept]
 
 
-MERGED = {"pool": pooled}
+@torch.no_grad()
+def zipped(features: torch.Tensor, kept: list[int], pixels: torch.Tensor) -> torch.Tensor:
+    """VisionZip by hand, on what an eager tower returns."""
+    out = EAGER.model.vision_tower(pixels, output_attentions=True, output_hidden_states=True, return_dict=True)
+    layer = EAGER.model.vision_tower.encoder.layers[-2]
+    keys = layer.self_attn.k_proj(layer.layer_norm1(out.hidden_states[-3]))[0].view(17, 2, 16).mean(1)
+    attention, hidden = out.attentions[-2][0].mean(0)[0], out.hidden_states[-2][0]
+    parts = (x[1:].tolist() for x in (attention, keys, hidden))
+    expected, rows = by_hand.visionzip(*parts, len(kept), 5 / 32, hidden[0].tolist())
+    assert kept == expected
+    return EAGER.model.multi_modal_projector(torch.tensor(rows))
+
+
+EAGER = tiny_llava(attention="eager")
+MERGED = {"pool": pooled, "visionzip": zipped}
 each_method = pytest.mark.parametrize("method", PRUNERS)
 
 
@@ -81,7 +97,8 @@ def test_every_method_is_found_by_its_file() -> None:
     ("budget", "kept"), [({"keep_tokens": 40}, 40), ({"keep_ratio": 0.25}, 36), ({"keep_ratio": 0.001, "min_keep": 3}, 3)]
 )
 def test_a_budget_is_met(method: str, budget: dict[str, Any], kept: int, tmp_path: Path) -> None:
-    mask = PRUNERS[method](tmp_path)(**budget).keep(tokens_of())
+    view = EncoderView(torch.rand(144, 8), torch.rand(144), torch.rand(144, 4), torch.rand(8), lambda x: x)
+    mask = PRUNERS[method](tmp_path)(**budget).keep(dataclasses.replace(tokens_of(), encoder=view))
     assert mask is not None
     assert (mask.shape, mask.dtype, int(mask.sum())) == ((144,), torch.bool, kept)
 

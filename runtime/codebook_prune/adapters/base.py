@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -13,6 +13,36 @@ import torch
 from torch import Tensor, nn
 
 from codebook_schemas import UserError
+
+
+@dataclass(frozen=True)
+class EncoderView:
+    """What the vision encoder computed for the tokens of one image, at the layer whose output enters the connector.
+
+    hidden: [n, d_v], that output. attention: [n] float32, what each token gets from [CLS], mean over heads; without a [CLS],
+    from all tokens of the image, mean over these and heads. keys: [n, d_k] float32, mean over heads. cls: [d_v], the output of
+    the [CLS], or None. project: the connector, [m, d_v] -> [m, d].
+    """
+
+    hidden: Tensor
+    attention: Tensor
+    keys: Tensor
+    cls: Tensor | None
+    project: Callable[[Tensor], Tensor]
+
+    def only(self, chosen: Tensor) -> EncoderView:
+        """The tokens where `chosen` [n] bool is True."""
+        return replace(self, hidden=self.hidden[chosen], attention=self.attention[chosen], keys=self.keys[chosen])
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Where a family's vision encoder can be read: the module whose output `get_image_features` returns, the layer of it whose
+    output enters the connector (with a `self_attn` that knows its `config`), and whether a [CLS] stands in front."""
+
+    tower: nn.Module
+    layer: nn.Module
+    has_cls: bool
 
 
 @dataclass(frozen=True)
@@ -24,7 +54,7 @@ class VisualTokens:
     cosine to the vision encoder's [CLS] at the feature layer, or None for encoders without one. frame: [n] long, which of its
     item's grids each token lies in: the frame of a video, the crop or tile of an image (separators count with the grid they
     stand behind); None where every item has one grid. text: [t, d] input embeddings of the text tokens in ONE item's prompt,
-    for pruners that ask for them (`Pruner.sees_text`), else None.
+    for pruners that ask for them (`Pruner.sees_text`), else None. encoder: of ONE item, likewise (`Pruner.sees_encoder`).
     """
 
     embeddings: Tensor
@@ -33,11 +63,13 @@ class VisualTokens:
     cls_similarity: Tensor | None = None
     frame: Tensor | None = None
     text: Tensor | None = None
+    encoder: EncoderView | None = None
 
     def only(self, chosen: Tensor) -> VisualTokens:
         """The tokens where `chosen` [n] bool is True."""
         cls, frame = (None if x is None else x[chosen] for x in (self.cls_similarity, self.frame))
-        return VisualTokens(self.embeddings[chosen], self.image[chosen], self.position[chosen], cls, frame, self.text)
+        seen = None if self.encoder is None else self.encoder.only(chosen)
+        return VisualTokens(self.embeddings[chosen], self.image[chosen], self.position[chosen], cls, frame, self.text, seen)
 
     def with_embeddings(self, chosen: Tensor, embeddings: Tensor) -> VisualTokens:
         """These tokens, where `chosen` [n] bool is True with other `embeddings` [chosen, d]."""
@@ -189,6 +221,11 @@ class VLMAdapter(ABC):
     def cls_similarity(self, out: Any, inputs: Mapping[str, Any]) -> Tensor | None:
         """`VisualTokens.cls_similarity` of `encode`, from what `get_image_features` returned; None: there is no [CLS]."""
         del out, inputs
+        return None
+
+    @property
+    def encoder(self) -> Encoder | None:
+        """Where the vision encoder can be read; None: nowhere, pruners that look into it are refused."""
         return None
 
     @property

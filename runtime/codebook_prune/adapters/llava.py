@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from codebook_prune.adapters.base import EnteringTokens, VLMAdapter
+from codebook_prune.adapters.base import Encoder, EnteringTokens, VLMAdapter
 from codebook_prune.adapters.grids import clip_cosine, repeated, tower_square
 
 
@@ -21,6 +21,16 @@ class LlavaAdapter(VLMAdapter):
         """The projector."""
         module: nn.Module = self.model.base_model.multi_modal_projector
         return module
+
+    @property
+    def encoder(self) -> Encoder | None:
+        """See `VLMAdapter.encoder`: the feature layer, where it is one layer of a tower with a list of them."""
+        tower, layer = self.model.base_model.vision_tower, self.config.vision_feature_layer
+        layers = getattr(getattr(tower, "encoder", None), "layers", None)
+        if layers is None or not isinstance(layer, int) or layer == 0:
+            return None
+        number = layer if layer < 0 else layer - 1  # among hidden states, the first of which is no layer's
+        return Encoder(tower, layers[number], self.config.vision_config.model_type == "clip_vision_model")
 
     def image_layout(self, entering: EnteringTokens) -> Tensor:
         """See `VLMAdapter.image_layout`: every image is the vision tower's whole square, in raster order."""

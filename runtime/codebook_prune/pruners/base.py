@@ -55,6 +55,9 @@ class Pruner:
     sees_text: ClassVar[bool] = False
     """Whether `VisualTokens.text` is filled in: then what is kept depends on the question."""
 
+    sees_encoder: ClassVar[bool] = False
+    """Whether `VisualTokens.encoder` is filled in; models whose encoder cannot be read are refused."""
+
     keep_tokens: int | tuple[int, ...] | None = None
     keep_ratio: float | None = None
     threshold: float | None = None
