@@ -105,6 +105,22 @@ def scan(
 
 
 @app.command()
+def plan(
+    config: Config,
+    images: Annotated[int, typer.Option(min=1, help="Images to measure.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Measure a few images and tell experiments, FLOPs, time and memory of the build. Writes nothing."""
+    from dataclasses import asdict
+
+    from codebook_builder.plan import plan as plan_build
+    from codebook_schemas import BuildConfig
+
+    found = plan_build(BuildConfig.from_file(config), images)
+    _print(asdict(found) if as_json else dict(found.lines()), as_json)
+
+
+@app.command()
 def run(
     config: Config, address: Address = None, local: Local = False, allow_quarantine: Quarantine = False, as_json: Json = False
 ) -> None:

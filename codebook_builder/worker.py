@@ -124,7 +124,12 @@ def run_locally(tasks: Sequence[ShardTask], attempts: int) -> Iterator[Outcome]:
 
 
 @lru_cache(maxsize=1)
-def _model(path: str, revision: str | None, dtype: str, device: str) -> tuple[Any, Any]:
+def load_once(path: str, revision: str | None, dtype: str, device: str) -> tuple[Any, Any]:
+    """The process's (model, processor).
+
+    Raises:
+        UserError: as `load_model`, or a GPU is asked for and there is none.
+    """
     from codebook_prune.adapters.loading import load_model
 
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -139,7 +144,7 @@ def _prober(spec: ProbeSpec) -> tuple[Any, Encoder]:
     from codebook_prune.adapters.loading import adapter_for
 
     torch.set_num_threads(spec.threads)
-    model, processor = _model(spec.model, spec.revision, spec.probe.dtype, spec.device)
+    model, processor = load_once(spec.model, spec.revision, spec.probe.dtype, spec.device)
     adapter = adapter_for(model)
     found = adapter.fingerprint()
     if spec.fingerprint not in (None, found):

@@ -58,7 +58,7 @@ def test_help_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for name in ("scan", "run", "select", "extend", "merge", "inspect", "import", "verify", "gc"):
+    for name in ("scan", "plan", "run", "select", "extend", "merge", "inspect", "import", "verify", "gc"):
         assert name in done.stdout
 
 
