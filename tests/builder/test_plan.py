@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
-from typing import Any
 
 import pytest
-from building import scene_shards, small_config, write_config
+from building import scene_shards, small_config, write_config, write_tar
 from test_build_cli import call, fails
 
 from codebook_builder.build import Build
@@ -86,16 +85,10 @@ def test_memory_is_compared_with_what_is_free() -> None:
 
 def test_weights_of_the_reference_model() -> None:
     size = (CHECKPOINT / "model.safetensors").stat().st_size  # half precision on disk, float32 when probing
-    assert weight_bytes(_config()) == pytest.approx(2 * size, rel=0.02)
-
-
-def _config(**changes: Any) -> Any:
-    return small_config("unused.tar", Path("unused"), **changes)
+    assert weight_bytes(small_config("unused.tar", Path("unused"))) == pytest.approx(2 * size, rel=0.02)
 
 
 def test_no_readable_image(tmp_path: Path) -> None:
-    from building import write_tar
-
     shard = write_tar(tmp_path / "a.tar", [("0.png", b"no image")])
     with pytest.raises(UserError, match="none of the images can be read"):
         plan(small_config(str(shard), tmp_path / "book"))
