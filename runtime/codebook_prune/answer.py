@@ -14,6 +14,8 @@ from torch import Tensor
 
 from codebook_prune.adapters.loading import adapter_for, load_model
 from codebook_prune.media import Media
+from codebook_prune.pruners.base import LayerPruner, Pruner, PrunerChain
+from codebook_prune.pruners.uniform import UniformPruner
 from codebook_prune.spec import AnyPruner
 from codebook_schemas import UserError
 
@@ -78,16 +80,28 @@ class Asker:
     def ask(self, media: Media, pruners: Sequence[AnyPruner | None]) -> list[Run]:
         """The answers of several pruners (None: unpruned) about one input, timed in turns.
 
+        A pruner's `keep_tokens` (one number) is for every image and every frame, whether a model takes a video's frames as
+        images or as one video.
+
         Raises:
             UserError: the prompt is longer than the model's context, or the budget does not fit the number of images.
         """
-        return self._measure(self._inputs(media), pruners)
+        inputs = self._inputs(media)
+        if media.is_video and self.takes_videos:
+            grids = self._grids(inputs)
+            pruners = [None if pruner is None else per_frame(pruner, grids) for pruner in pruners]
+        return self._measure(inputs, pruners)
+
+    @property
+    def takes_videos(self) -> bool:
+        """Whether the model has a place for a video in a prompt."""
+        return getattr(self.processor, "video_processor", None) is not None
 
     def _inputs(self, media: Media) -> Any:
         """What the processor makes of a question: a video as one where the model has them, else its frames as images."""
         content = [{"type": "image"}] * len(media.pictures)
         given: dict[str, Any] = {"images": media.pictures}
-        if media.is_video and getattr(self.processor, "video_processor", None) is not None:
+        if media.is_video and self.takes_videos:
             content, given = [{"type": "video"}], {"videos": [media.pictures]}
         text = chat_text(self.processor, content, self.prompt)
         inputs = self.processor(text=[text], return_tensors="pt", **given)
@@ -99,6 +113,13 @@ class Asker:
                 "this model: give fewer frames, a shorter question or a lower --max-new-tokens"
             )
         return inputs.to(self.model.device)
+
+    @torch.inference_mode()
+    def _grids(self, inputs: Any) -> int:
+        """How many grids of tokens the model makes of the video: its frames, or fewer where it joins some."""
+        with UniformPruner(keep_ratio=1.0)(self.model) as stats:
+            self.model(**inputs, logits_to_keep=1)
+        return sum(len(torch.unique(frame)) for frame in stats.frame)
 
     @torch.inference_mode()
     def _measure(self, inputs: Any, pruners: Sequence[AnyPruner | None]) -> list[Run]:
@@ -134,6 +155,19 @@ class Asker:
         if on_gpu:
             torch.cuda.synchronize(self.model.device)
         return result, 1000 * (time.perf_counter() - began)
+
+
+def per_frame(pruner: AnyPruner, frames: int) -> AnyPruner:
+    """A pruner whose `keep_tokens`, one number for each frame, becomes that of a whole video of so many."""
+    if isinstance(pruner, PrunerChain):
+        return PrunerChain(tuple(_per_frame(member, frames) for member in pruner.pruners))
+    return _per_frame(pruner, frames)
+
+
+def _per_frame(pruner: Pruner | LayerPruner, frames: int) -> Pruner | LayerPruner:
+    if isinstance(pruner, Pruner) and isinstance(pruner.keep_tokens, int):
+        return replace(pruner, keep_tokens=pruner.keep_tokens * frames)
+    return pruner
 
 
 def placeholders(processor: Any) -> list[str]:

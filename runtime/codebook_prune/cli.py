@@ -31,7 +31,7 @@ Model = Annotated[str, typer.Option(help="Model folder or Hub id; 'reference' is
 Prompt = Annotated[str, typer.Option(help="The question.")]
 Codebook = Annotated[str | None, typer.Option(help="Codebook folder or Hub id, built from this model.")]
 Spec = Annotated[str, typer.Option(help="What drops tokens: a name, name(parameter=value, ...), or several joined by |.")]
-KeepTokens = Annotated[int | None, typer.Option(help="Budget: visual tokens kept of every image (or whole video).")]
+KeepTokens = Annotated[int | None, typer.Option(help="Budget: visual tokens kept of every image or frame.")]
 KeepRatio = Annotated[float | None, typer.Option(help="Budget: fraction of the visual tokens kept, in (0, 1].")]
 Threshold = Annotated[float | None, typer.Option(help="Budget: keep tokens whose redundancy is lower than this.")]
 Positions = Annotated[

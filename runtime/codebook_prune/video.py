@@ -96,14 +96,16 @@ def read_frames(path: Path, sampling: Sampling) -> tuple[list[Image.Image], list
             return _frames_at(container, stream, times, path)
     except PermissionError:
         raise UserError(f"video {path} cannot be read: permission denied") from None
-    except av.error.FFmpegError as error:
-        raise UserError(
-            f"{path} is not a video, or is damaged or cut short: {error.strerror or type(error).__name__}"
-        ) from None
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file brings about almost anything
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(f"{path} is not a video, or is damaged or cut short: {reason}") from None
 
 
 def _opened(av: Any, file: BinaryIO) -> Any:
-    return av.open(file, mode="r", options={"format_whitelist": FORMATS, "protocol_whitelist": ""})
+    options = {"format_whitelist": FORMATS, "protocol_whitelist": ""}
+    return av.open(file, mode="r", options=options, metadata_errors="replace")
 
 
 def _stream(container: Any, path: Path) -> Any:
