@@ -61,7 +61,8 @@ def seen_box(image: Image.Image, image_processor: Any) -> Box | None:
     """
     shortest = dict(getattr(image_processor, "size", None) or {}).get("shortest_edge")
     crop = getattr(image_processor, "crop_size", None)
-    if not getattr(image_processor, "do_center_crop", False) or not crop or not shortest:
+    whole = hasattr(image_processor, "image_grid_pinpoints")  # any resolution: crops of all of it
+    if whole or not getattr(image_processor, "do_center_crop", False) or not crop or not shortest:
         return None
     per_pixel = min(image.size) / shortest
     width, height = (min(crop[key] * per_pixel, side) for key, side in zip(("width", "height"), image.size, strict=True))

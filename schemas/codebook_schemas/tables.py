@@ -19,9 +19,9 @@ _TOKEN = [
 def probe_schema(dimension: int) -> pa.Schema:
     """One row a probed visual token.
 
-    `token` is its raster index among its image's tokens, (`row`, `column`) its place in the grid. `region_divergence` and
-    `global_divergence` are null where the cascade made the experiment needless. `cls_similarity` is null for encoders without
-    a [CLS] token. `embedding` is the connector output [dimension], float32.
+    `token` is its raster index among its image's tokens (grids one after the other), (`row`, `column`) its place in its grid.
+    `region_divergence` and `global_divergence` are null where the cascade made the experiment needless. `cls_similarity` is
+    null for encoders without a [CLS] token. `embedding` is the connector output [dimension], float32.
     """
     extra = [
         pa.field("cls_similarity", pa.float32()),

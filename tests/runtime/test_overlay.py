@@ -59,6 +59,7 @@ def test_the_grid_lies_where_the_processor_crops() -> None:
     for outside in (picture[:, :150], picture[:, 450:]):
         assert np.ptp(outside, axis=2).max() == 0
     assert seen_box(image, SimpleNamespace(size={"height": 32, "width": 32}, do_center_crop=False)) is None
+    assert seen_box(image, SimpleNamespace(**vars(crop), image_grid_pinpoints=[[32, 64]])) is None  # any resolution
 
 
 def test_pictures_stand_side_by_side_with_captions() -> None:

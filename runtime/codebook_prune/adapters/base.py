@@ -52,9 +52,10 @@ class VisualTokens:
     embeddings: [n, d]. image: [n] long, which item (image or video) each token belongs to. position: [n, 2] long, (row, column)
     in its grid, (-1, -1) for newline and separator embeddings, which are never probed and never pruned. cls_similarity: [n]
     cosine to the vision encoder's [CLS] at the feature layer, or None for encoders without one. frame: [n] long, which of its
-    item's grids each token lies in: the frame of a video, the crop or tile of an image (separators count with the grid they
-    stand behind); None where every item has one grid. text: [t, d] input embeddings of the text tokens in ONE item's prompt,
-    for pruners that ask for them (`Pruner.sees_text`), else None. encoder: of ONE item, likewise (`Pruner.sees_encoder`).
+    item's grids each token lies in: the frame of a video, the crop or tile of an image, of which the last covers all of it
+    (separators count with the grid they stand behind); None where every item has one grid. text: [t, d] input embeddings of the
+    text tokens in ONE item's prompt, for pruners that ask for them (`Pruner.sees_text`), else None. encoder: of ONE item,
+    likewise (`Pruner.sees_encoder`).
     """
 
     embeddings: Tensor
@@ -132,9 +133,6 @@ class VLMAdapter(ABC):
 
     model_types: ClassVar[tuple[str, ...]] = ()
     """The `config.model_type` values this adapter serves."""
-
-    overview: ClassVar[int] = 0
-    """Which frame of an image of several shows all of it: 0 the first, -1 the last."""
 
     def __init__(self, model: Any) -> None:
         self.model = model

@@ -20,7 +20,6 @@ class Idefics3Adapter(VLMAdapter):
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("idefics3", "smolvlm")
-    overview: ClassVar[int] = -1
 
     @property
     def connector(self) -> nn.Module:

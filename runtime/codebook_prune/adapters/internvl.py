@@ -18,7 +18,6 @@ class InternVLAdapter(VLMAdapter):
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("internvl",)
-    overview: ClassVar[int] = -1
 
     @property
     def connector(self) -> nn.Module:
