@@ -59,8 +59,8 @@ def draw_comparison(media: Media, names: Sequence[str], runs: Sequence[Run], ima
 def kept_pictures(media: Media, run: Run, image_processor: Any) -> tuple[list[Image.Image], list[str]]:
     """Every picture with what was dropped faded, and `20 of 144` for each.
 
-    Where a model sees an image in several crops this shows the first, the whole image; where it joins frames, each of them
-    shows what they share.
+    Where a model sees an image in several crops this shows the last, which covers all of it; where it joins frames, each of
+    them shows what they share.
     """
     grids = [
         (position[frame == number], kept.cpu()[frame == number])
@@ -69,7 +69,7 @@ def kept_pictures(media: Media, run: Run, image_processor: Any) -> tuple[list[Im
     ]
     drawn, counts = [], []
     for number, picture in enumerate(media.pictures):
-        position, kept = grids[number * len(grids) // len(media.pictures)]
+        position, kept = grids[-(-(number + 1) * len(grids) // len(media.pictures)) - 1]
         drawn.append(draw_overlay(picture, position, kept, seen=seen_box(picture, image_processor)))
         counts.append(count_of(position, kept))
     return drawn, counts

@@ -13,6 +13,9 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from codebook_prune import UserError
+from codebook_prune.answer import Run
+from codebook_prune.drawing import kept_pictures
+from codebook_prune.media import Media
 from codebook_prune.overlay import check_picture_path, draw_overlay, save_picture, seen_box, sheet
 
 GRID = torch.tensor([[r, c] for r in range(4) for c in range(4)])
@@ -90,3 +93,16 @@ def test_impossible_places_are_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot write"):
         save_picture(noise_image(0), tmp_path / "folder.png")
     assert [p.name for p in tmp_path.iterdir()] == ["folder.png"]
+
+
+def test_of_several_crops_the_last_is_drawn_and_joined_frames_share_theirs() -> None:
+    """An overview of 2 x 2 of which all is kept, then a finer grid of 4 x 4 of which nothing is: nothing is kept to be seen."""
+    picture = noise_image(2, (480, 480))
+    place = torch.cat([torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]), GRID, torch.tensor([[-1, -1]])])
+    frame = torch.tensor([0] * 4 + [1] * 17)
+    run = Run("", 20, 4, 4, 4.0, 0.0, 0.0, 0.0, kept=[frame == 0], position=[place], frame=[frame])
+    drawn, counts = kept_pictures(Media(Path("a.png"), [picture]), run, SimpleNamespace())
+    assert counts == ["0 of 16"]
+    assert np.ptp(np.asarray(drawn[0]), axis=2).max() == 0
+    two = Media(Path("a.mp4"), [picture] * 4, seconds=(0.0, 1.0, 2.0, 3.0))
+    assert kept_pictures(two, run, SimpleNamespace())[1] == ["4 of 4", "4 of 4", "0 of 16", "0 of 16"]
