@@ -100,7 +100,7 @@ class Engine:
         self.drops = LayerDrops(adapter, [pruner for pruner in pruners if isinstance(pruner, LayerPruner)], stats)
         self.with_text = any(pruner.sees_text for pruner in self.pruners)
         self.encoder = EncoderTap(adapter) if any(pruner.sees_encoder for pruner in self.pruners) else None
-        self.compact = any(pruner.positions == "compact" for pruner in self.pruners)
+        self.compact = adapter.numbers_in_line and any(pruner.positions == "compact" for pruner in self.pruners)
         self._names = {module: parameter_names(module) for module in (adapter.model, adapter.model.base_model)}
         self._call: Arguments | None = None
         self._state = UNPRUNED
@@ -129,7 +129,7 @@ class Engine:
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise UserError("only a 2D attention_mask [batch, length] can be pruned")
         state, cached = state_of(call.get("past_key_values"))
-        new = state.new_columns(cached, ids.shape[1], mask, call.get("position_ids"))
+        new = state.new_columns(cached, ids.shape[1], mask, counting_row(call.get("position_ids")))
         if new < ids.shape[1]:
             call["input_ids"] = ids[:, -new:]
             if call.get("position_ids") is not None:
@@ -151,6 +151,7 @@ class Engine:
         for held in stages.values():
             held.check_rows(len(kwargs["inputs_embeds"]))
         self._state, self._left, self._length, images = state, None, kwargs["inputs_embeds"].shape[1], None
+        kwargs = kwargs | self._numbered(call, kwargs, state, cached)
         changed = self._continued(kwargs, state, cached) if state.pruned else {}
         if brings_images(call):
             with self.stats.timed(kwargs["inputs_embeds"].device):
@@ -228,18 +229,27 @@ class Engine:
         after = CacheState(batch, state.seen(cached) + length, cached + longest, None if past is None and even else mask, shift)
         changed = {
             "inputs_embeds": gather_columns(embeds, index),
-            "position_ids": positions.gather(1, index).masked_fill(~valid, 0),
+            "position_ids": positions.gather(-1, index.expand(*positions.shape[:-1], -1)).masked_fill(~valid, 0),
             "attention_mask": mask,
         }
         self._left = index, valid
-        return changed, after
+        return changed | self.adapter.shortened(kwargs, keep, index, valid), after
+
+    def _numbered(self, call: Arguments, kwargs: Arguments, state: CacheState, cached: int) -> Arguments:
+        """Positions that the base model, not the caller, worked out on a pruned cache, put right: it goes on from the cache's
+        length, or numbers every column of the mask."""
+        given = kwargs.get("position_ids")
+        if not state.pruned or given is None or call.get("position_ids") is not None:
+            return {}
+        missed = 0 if call.get("attention_mask") is not None else state.seen(cached) - cached
+        return {"position_ids": given[..., -kwargs["inputs_embeds"].shape[1] :] + missed}
 
     def _positions(self, kwargs: Arguments, state: CacheState, cached: int) -> Tensor:
-        """Positions [batch, length] of the unpruned sequence: the caller's, or those the model would fill in."""
+        """Positions [..., batch, length] of the unpruned sequence: the caller's, or those the model would fill in."""
         embeds, given = kwargs["inputs_embeds"], kwargs.get("position_ids")
         if given is None:
             given = torch.arange(embeds.shape[1], device=embeds.device).unsqueeze(0) + state.seen(cached)
-        positions: Tensor = given.to(embeds.device).expand(len(embeds), -1)
+        positions: Tensor = given.to(embeds.device).expand(*given.shape[:-2], len(embeds), -1)
         return positions
 
     def _choose(self, images: EnteringImages, embeds: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -267,6 +277,14 @@ def parameter_names(module: nn.Module) -> tuple[str, ...]:
 def named(names: Sequence[str], args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
     """A call's arguments, all by name."""
     return dict(zip(names, args, strict=False)) | kwargs
+
+
+def counting_row(positions: Tensor | None) -> Tensor | None:
+    """Of a call's `position_ids` those that count tokens: [batch, length] as they are; of the four rows of M-RoPE (text, time,
+    height, width) the first; None where there are none."""
+    if positions is None or positions.ndim == 2:
+        return positions
+    return positions[0] if len(positions) == 4 else None
 
 
 def brings_images(call: Arguments) -> bool:

@@ -24,6 +24,7 @@ from codebook_prune.layer_view import LayerView, last_column
 from codebook_prune.pruners.base import LayerPruner
 from codebook_prune.selection import EnteringImages
 from codebook_prune.stats import PruneStats
+from codebook_schemas import UserError
 
 Arguments = dict[str, Any]
 
@@ -52,13 +53,18 @@ class LayerDrops:
     """The hooks on decoder layers of one block, and what one call hands from layer to layer."""
 
     def __init__(self, adapter: VLMAdapter, pruners: Sequence[LayerPruner], stats: PruneStats) -> None:
-        self.decoder, self.stats = adapter.decoder, stats
+        self.decoder, self.stats, self.renumber = adapter.decoder, stats, adapter.numbers_in_line
         self.layers: Sequence[nn.Module] = list(self.decoder.layers)  # type: ignore[arg-type]
         self.plan: dict[int, list[tuple[LayerPruner, Tap]]] = {}
         self.taps: dict[int, Tap] = {}
         self._previous: set[int] = set()
         for pruner in pruners:
             for layer, attention in pruner.plan(len(self.layers)).items():
+                if layer < adapter.whole_layers:
+                    raise UserError(
+                        f"the first {adapter.whole_layers} decoder layers of {adapter.family} need every visual token: drop in "
+                        f"front of layer {adapter.whole_layers} or later, not {layer}, or before layer 0"
+                    )
                 read = layer - 1 if attention == "previous" else layer
                 self.taps.setdefault(read, Tap(self.layers[read], read))
                 self.plan.setdefault(layer, []).append((pruner, self.taps[read]))
@@ -139,7 +145,7 @@ class LayerDrops:
             )
             more = self._valid & ~gone & ~pruner.keep(view) & ~last_column(self._valid)
             gone = gone | more
-            closing += [more] if pruner.positions == "compact" else []
+            closing += [more] if pruner.positions == "compact" and self.renumber else []
         if not bool(gone.any()):
             return hidden
         if len(closing) > 1:

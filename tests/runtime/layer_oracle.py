@@ -1,4 +1,7 @@
-"""The slow reference for drops between layers: Llama written out for one row, no hooks, no cache, no batch, no masks."""
+"""The slow reference for drops between layers: the decoder written out for one row, no hooks, no cache, no batch, no masks.
+
+Llama, and Qwen's with their biases, norms, M-RoPE and DeepStack. A position is a number, or three with M-RoPE.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +14,29 @@ import torch
 from oracle import Prompt, inputs_of
 from torch import Tensor
 
+Number = int | tuple[int, int, int]
 Attention = tuple[list[int], list[list[list[float]]]]  # columns, [head][query][key]
 
 
 @dataclass
 class Row:
     """Prompts and the tokens generated behind them: vectors, which of them are visual (None: a newline between visual rows,
-    never dropped), positions, [start, end) of prompts."""
+    never dropped), positions, [start, end) of prompts; deep: what DeepStack adds to columns behind each of the first layers."""
 
     vectors: list[Tensor]
     visual: list[bool | None]
-    numbers: list[int]
+    numbers: list[Any]
     prompts: list[tuple[int, int]]
+    deep: tuple[dict[int, Tensor], ...] = ()
 
     def with_token(self, vector: Tensor) -> Row:
-        return Row([*self.vectors, vector], [*self.visual, False], [*self.numbers, self.numbers[-1] + 1], self.prompts)
+        numbers = [*self.numbers, later(self.numbers[-1], 1)]
+        return Row([*self.vectors, vector], [*self.visual, False], numbers, self.prompts, self.deep)
 
     def with_prompt(self, more: Row) -> Row:
         """A further turn, with drops of its own."""
         start, number = len(self.vectors), self.numbers[-1] + 1
-        numbers = [*self.numbers, *(number + i for i in more.numbers)]
+        numbers = [*self.numbers, *(later(i, number) for i in more.numbers)]
         prompts = [*self.prompts, (start, start + len(more.vectors))]
         return Row([*self.vectors, *more.vectors], [*self.visual, *more.visual], numbers, prompts)
 
@@ -84,18 +90,41 @@ def norm(x: Tensor, module: Any) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon) * module.weight
 
 
-def rotate(x: Tensor, numbers: list[int], theta: float) -> Tensor:
-    """Rotary embedding of [length, d] at these positions."""
+def later(number: Any, by: int) -> Any:
+    """A position moved on."""
+    return tuple(i + by for i in number) if isinstance(number, tuple) else number + by
+
+
+def axis(frequency: int, rope: dict[str, Any]) -> int:
+    """Which of (time, height, width) a frequency turns with."""
+    sections = rope["mrope_section"]
+    if rope.get("mrope_interleaved"):
+        place = frequency % 3
+        return place if place and frequency < 3 * sections[place] else 0
+    return 0 if frequency < sections[0] else 1 if frequency < sections[0] + sections[1] else 2
+
+
+def angles(numbers: list[Any], half: int, rope: dict[str, Any]) -> Tensor:
+    """How far each frequency has turned at these positions: [length, half]."""
+    if isinstance(numbers[0], tuple):
+        turning = torch.tensor(numbers)[:, [axis(j, rope) for j in range(half)]]
+    else:
+        turning = torch.tensor(numbers)[:, None]
+    return turning.float() / rope["rope_theta"] ** (torch.arange(half).float() / half)
+
+
+def rotate(x: Tensor, angle: Tensor) -> Tensor:
+    """Rotary embedding of [length, d]."""
     half = x.shape[-1] // 2
-    angle = torch.tensor(numbers).float()[:, None] / theta ** (torch.arange(half).float() / half)
     one, two = x[:, :half], x[:, half:]
     return torch.cat([one * angle.cos() - two * angle.sin(), two * angle.cos() + one * angle.sin()], -1)
 
 
-def attend(layer: Any, hidden: Tensor, numbers: list[int]) -> tuple[Tensor, Tensor]:
+def attend(layer: Any, hidden: Tensor, numbers: list[Any]) -> tuple[Tensor, Tensor]:
     """(attention output [length, d], probabilities [heads, length, length]) of one layer."""
     attention = layer.self_attn
-    d, theta = attention.head_dim, attention.config.rope_parameters["rope_theta"]
+    d = attention.head_dim
+    angle = angles(numbers, d // 2, attention.config.rope_parameters)
     x = norm(hidden, layer.input_layernorm)
     q, k, v = (getattr(attention, name)(x) for name in ("q_proj", "k_proj", "v_proj"))
     heads, each = q.shape[1] // d, q.shape[1] // k.shape[1]
@@ -103,15 +132,18 @@ def attend(layer: Any, hidden: Tensor, numbers: list[int]) -> tuple[Tensor, Tens
     rows, outputs = [], []
     for head in range(heads):
         own, shared = slice(head * d, head * d + d), slice(head // each * d, head // each * d + d)
-        logits = rotate(q[:, own], numbers, theta) @ rotate(k[:, shared], numbers, theta).T / math.sqrt(d)
+        query, key = q[:, own], k[:, shared]
+        if hasattr(attention, "q_norm"):
+            query, key = norm(query, attention.q_norm), norm(key, attention.k_norm)
+        logits = rotate(query, angle) @ rotate(key, angle).T / math.sqrt(d)
         rows.append(logits.masked_fill(future, -math.inf).softmax(-1))
         outputs.append(rows[-1] @ v[:, shared])
     return attention.o_proj(torch.cat(outputs, -1)), torch.stack(rows)
 
 
-def shift(numbers: dict[int, int], closed: set[int]) -> dict[int, int]:
+def shift(numbers: dict[int, Any], closed: set[int]) -> dict[int, Any]:
     """Positions after the gaps of these columns closed."""
-    return {i: number - sum(j < i for j in closed) for i, number in numbers.items()}
+    return {i: later(number, -sum(j < i for j in closed)) for i, number in numbers.items()}
 
 
 @torch.no_grad()
@@ -147,6 +179,8 @@ def run(model: Any, row: Row, rules: list[Rule], frozen: Frozen) -> tuple[Tensor
         hidden = hidden + output
         x = norm(hidden, layer.post_attention_layernorm)
         hidden = hidden + layer.mlp.down_proj(torch.nn.functional.silu(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x))
+        if depth < len(row.deep):
+            hidden = torch.stack([x + row.deep[depth].get(i, 0) for x, i in zip(hidden, alive, strict=True)])
         before = (alive, probabilities.tolist())
         depths.append(alive)
     return model.lm_head(norm(hidden, decoder.norm)), depths

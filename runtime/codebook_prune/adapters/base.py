@@ -134,6 +134,10 @@ class VLMAdapter(ABC):
     model_types: ClassVar[tuple[str, ...]] = ()
     """The `config.model_type` values this adapter serves."""
 
+    numbers_in_line: ClassVar[bool] = True
+    """Whether position ids count tokens, so that dropping leaves gaps to close. False with M-RoPE, where a visual token's
+    position is its place in time, height and width: kept tokens keep it whatever a pruner's `positions` say."""
+
     def __init__(self, model: Any) -> None:
         self.model = model
         self.config = model.config
@@ -225,6 +229,23 @@ class VLMAdapter(ABC):
     def encoder(self) -> Encoder | None:
         """Where the vision encoder can be read; None: nowhere, pruners that look into it are refused."""
         return None
+
+    @property
+    def whole_layers(self) -> int:
+        """How many of the first decoder layers need every visual token that enters: nothing can be dropped in front of them."""
+        return 0
+
+    def shortened(self, arguments: Mapping[str, Any], keep: Tensor, index: Tensor, valid: Tensor) -> dict[str, Any]:
+        """What else among the decoder's `arguments` follows the tokens, for those that stay; default: nothing.
+
+        Args:
+            arguments: of the decoder, unpruned.
+            keep: [batch, length] bool, the columns that stay.
+            index: [batch, new length] long, the column each new one takes.
+            valid: [batch, new length] bool, False where a row is padded.
+        """
+        del arguments, keep, index, valid
+        return {}
 
     @property
     @abstractmethod

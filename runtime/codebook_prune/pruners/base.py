@@ -46,7 +46,8 @@ class Pruner:
 
     `with pruner(model): ...` prunes every call of the model inside the block and leaves the model as it was. The budget is
     described in `Budget`. `positions`: "compact" renumbers the kept sequence without gaps, "original" keeps every token's own
-    number (grounding needs it, arXiv 2506.21873). `stats` tells what was done since the block was entered.
+    number (grounding needs it, arXiv 2506.21873); with M-RoPE both keep every token's place in the image. `stats` tells what
+    was done since the block was entered.
 
     Raises:
         UserError: no budget, a contradictory one, a threshold for a method without scores, or an unknown position policy.

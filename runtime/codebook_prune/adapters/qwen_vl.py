@@ -1,0 +1,104 @@
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL: images and videos of any size, a 2 x 2 merger, M-RoPE, in the third DeepStack.
+
+M-RoPE gives every token a position in time, height and width (Wang et al., arXiv 2409.12191). DeepStack adds features of
+earlier vision layers to the visual tokens behind the first decoder layers (Meng et al., arXiv 2406.04334).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from codebook_prune.adapters.base import NOT_WHOLE, EnteringTokens, VLMAdapter
+from codebook_prune.adapters.grids import item_frame, raster
+from codebook_schemas import UserError
+
+Grid = tuple[int, int, int]
+
+
+class QwenVLAdapter(VLMAdapter):
+    """Qwen2VL-, Qwen2_5_VL- and Qwen3VLForConditionalGeneration: `visual` with its merger, a decoder with M-RoPE."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+    numbers_in_line: ClassVar[bool] = False
+
+    @property
+    def connector(self) -> nn.Module:
+        """The merger of the last vision layer."""
+        module: nn.Module = self.model.base_model.visual.merger
+        return module
+
+    @property
+    def whole_layers(self) -> int:
+        """See `VLMAdapter.whole_layers`: those with DeepStack features behind them."""
+        return len(getattr(self.config.vision_config, "deepstack_visual_indexes", ()))
+
+    def image_layout(self, entering: EnteringTokens) -> Tensor:
+        """See `VLMAdapter.image_layout`: one grid an image."""
+        grids = self._grids(entering, "image")
+        return torch.cat([item_frame(item, 0, raster(rows, columns)) for item, (_, rows, columns) in enumerate(grids)])
+
+    def video_layout(self, entering: EnteringTokens) -> Tensor:
+        """See `VLMAdapter.video_layout`: one grid for every two frames, which the encoder takes together."""
+        grids = enumerate(self._grids(entering, "video"))
+        return torch.cat([item_frame(item, t, raster(*size)) for item, (frames, *size) in grids for t in range(frames)])
+
+    def _grids(self, entering: EnteringTokens, kind: str) -> list[Grid]:
+        """(frames, rows, columns) of every image or video: told by the call, or read off the M-RoPE positions."""
+        given, merge = entering.call.get(f"{kind}_grid_thw"), self.config.vision_config.spatial_merge_size
+        if given is not None:
+            grids = [(t, h // merge, w // merge) for t, h, w in given.tolist()]
+        else:
+            encoded = (entering.call.get("mm_encoder_outputs") or {}).get(kind)
+            lengths = [] if encoded is None else [len(tokens) for tokens in encoded.pooler_output]
+            positions = entering.position_ids
+            if sum(lengths) != len(entering.ids):
+                raise UserError(NOT_WHOLE)
+            if positions is None or positions.ndim != 3 or len(positions) < 3:
+                raise UserError(NO_PLACES)
+            height, width = positions[-2:, entering.row, entering.column].cpu()
+            grids = [read_grid(h, w) for h, w in zip(height.split(lengths), width.split(lengths), strict=True)]
+            if kind == "image" and any(frames > 1 for frames, _, _ in grids):
+                raise UserError(NO_PLACES)
+        if sum(frames * rows * columns for frames, rows, columns in grids) != len(entering.ids):
+            raise UserError(NOT_WHOLE)
+        return grids
+
+    def shortened(self, arguments: Mapping[str, Any], keep: Tensor, index: Tensor, valid: Tensor) -> dict[str, Any]:
+        """See `VLMAdapter.shortened`: the DeepStack features, and where they go."""
+        visual = arguments.get("visual_pos_masks")
+        if visual is None:
+            return {}
+        stay = keep[visual]
+        return {
+            "visual_pos_masks": visual.gather(1, index) & valid,
+            "deepstack_visual_embeds": [features[stay] for features in arguments["deepstack_visual_embeds"]],
+        }
+
+
+NO_PLACES = "the positions of this call do not place its visual tokens on a grid: pass mm_token_type_ids and no position_ids"
+
+
+def read_grid(h: Tensor, w: Tensor) -> Grid:
+    """(frames, rows, columns) of one image or video, from where M-RoPE places its tokens.
+
+    Args:
+        h, w: [n] height and width of its tokens in the order they enter: every frame in raster order from a corner of its own.
+
+    Raises:
+        UserError: they are not in such an order.
+    """
+    count = torch.arange(len(h))
+    columns = int(((h == h[0]) & (w == w[0] + count)).long().cumprod(0).sum())
+    down, left = h[::columns], w[::columns]
+    rows = int(((down == h[0] + count[: len(down)]) & (left == w[0])).long().cumprod(0).sum())
+    frames, rest = divmod(len(h), rows * columns)
+    if rest or (frames > 1 and rows * columns == 1):
+        raise UserError(NO_PLACES)
+    found = torch.stack([h, w], 1).view(frames, rows * columns, 2)
+    if not torch.equal(found - found[:, :1], raster(rows, columns).expand(frames, -1, -1)):
+        raise UserError(NO_PLACES)
+    return frames, rows, columns
