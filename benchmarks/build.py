@@ -1,176 +1,246 @@
 """What a build costs: `python -m benchmarks.build`.
 
-1. The same experiments on the same images three ways, interleaved image by image: one plain forward pass an experiment
-   (batch 1, nothing cached or shared), batched with shared prefixes, and with the cascade too. All three must find the
-   same low-information tokens. Ratios are medians over images.
-2. A whole build as a user runs it: images per second of wall time, peak memory of its process, bytes of the codebook.
+1. The same experiments on the same images, interleaved image by image: (a) one generate() call an experiment, as the public
+   implementation of arXiv 2503.20540 makes them, and the least such a call can do; (b) batched, nothing shared; (c) with shared
+   prefixes; (d) and the cascade. All must find the same low-information tokens. Ratios are medians over images; model seconds
+   are CPU seconds of this process in the model (one thread), so that other load on the machine disturbs less.
+2. Whole builds as a user runs them, with more images and more workers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
-from torch import Tensor
+from transformers import LlamaConfig, LlavaForConditionalGeneration
 
-from benchmarks.reference_codebook import build as build_reference
+from benchmarks.build_ways import BatchedApart, GenerateEach, PlainProber, Spent
 from benchmarks.report import publish
-from codebook_builder.divergence import divergence, top1_probability
-from codebook_builder.probe import ImageScores, Prober, low_information
-from codebook_builder.prompt import ablation_embedding, split_prompt
+from codebook_builder.probe import AUTO_BUDGET, ImageScores, Prober, low_information
 from codebook_prune import load_model
-from codebook_prune.adapters.loading import adapter_for
 from codebook_schemas import ProbeConfig
 from reference_vlm import CHECKPOINT
+from reference_vlm.model import build_processor
 from reference_vlm.scenes import make_scene, render
+from reference_vlm.shards import build_config, write_scene_shards
 
 console = Console(stderr=True)
-CONFIG = ProbeConfig(cascade=False)
+Way = PlainProber | Prober
+PUBLISHED = "(a) one generate() an experiment, as published"
+LEAST = "(a') one generate() of one token, image encoded once"
 
 
-class OneForwardPerExperiment:
-    """The naive way: every experiment is a full forward pass over its own prompt, batch 1, no cache, all logits."""
-
-    def __init__(self, model: Any, processor: Any) -> None:
-        self.model, self.processor, self.adapter = model, processor, adapter_for(model)
-        prompt = split_prompt(self.adapter, processor, CONFIG, Image.new("RGB", (64, 64)))
-        embed = model.get_input_embeddings()
-        self.head, self.tail, self.ablated = embed(prompt.prefix), embed(prompt.suffix), ablation_embedding(model, processor)
-
-    def logits(self, visual: Tensor) -> Tensor:
-        """Last-position logits [V] of a prompt that shows `visual` [n, d]."""
-        embeds = torch.cat([self.head, visual, self.tail])[None]
-        hidden = self.adapter.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
-        found: Tensor = self.model.get_output_embeddings()(hidden)[0, -1]
-        return found
-
-    @torch.inference_mode()
-    def probe(self, images: list[Image.Image], keys: list[str]) -> list[ImageScores]:
-        """Scores of every token of every image."""
-        return [self._probe(image, key) for image, key in zip(images, keys, strict=True)]
-
-    def _probe(self, image: Image.Image, key: str) -> ImageScores:
-        visual = self.adapter.encode(split_prompt(self.adapter, self.processor, CONFIG, image).inputs).embeddings
-        n = len(visual)
-        side = round(n**0.5)
-        whole = self.logits(visual)
-        scores = np.zeros((3, n), np.float32)
-        for i in range(n):
-            top, left = (min(max(c - 1, 0), side - 3) for c in divmod(i, side))
-            window = torch.tensor([(top + r) * side + left + c for r in range(3) for c in range(3)])
-            without, region = visual.clone(), visual[window].clone()
-            without[window] = self.ablated
-            with_token = self.logits(region)
-            region[window == i] = self.ablated
-            scores[0, i] = top1_probability(self.logits(visual[i : i + 1]), CONFIG.top_k_single)
-            scores[1, i] = divergence(with_token, self.logits(region), CONFIG.divergence, CONFIG.top_k_divergence)
-            scores[2, i] = divergence(whole, self.logits(without), CONFIG.divergence, CONFIG.top_k_divergence)
-        token = np.arange(n, dtype=np.int32)
-        position = np.stack([token // side, token % side], 1).astype(np.int16)
-        return ImageScores(key, token, position, scores[0], scores[1], scores[2], None, visual.float().numpy())
+def random_llava(side: int, width: int) -> tuple[Any, Any]:
+    """A LLaVA of random weights: side x side visual tokens, 8 layers of `width`, the reference model's processor."""
+    torch.manual_seed(0)
+    config = load_model(str(CHECKPOINT))[0].config
+    config.vision_config.image_size = side * config.vision_config.patch_size
+    config.image_seq_length = side * side
+    text = config.text_config.to_dict() | {
+        "hidden_size": width, "intermediate_size": 11 * width // 4, "num_attention_heads": width // 64,
+        "num_key_value_heads": width // 64, "head_dim": 64,
+    }  # fmt: skip
+    config.text_config = LlamaConfig(**text)
+    processor = build_processor()
+    size = config.vision_config.image_size
+    processor.image_processor.size = {"height": size, "width": size}
+    return LlavaForConditionalGeneration(config).eval(), processor
 
 
-def thresholds_of(scores: list[ImageScores], quantile: float) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Case:
+    """One comparison: a model, how many tokens of each image are probed, and on how many images."""
+
+    name: str
+    model: Any
+    processor: Any
+    grid: int
+    probed: int
+    images: int
+    quantile: float
+
+    @property
+    def config(self) -> ProbeConfig:
+        """Everything else at its default."""
+        return ProbeConfig(tokens_per_image=self.probed, cascade=False)
+
+    def ways(self, limits: tuple[float, float]) -> dict[str, Way]:
+        """The variants by name."""
+        loaded, config = (self.model, self.processor), self.config
+        return {
+            PUBLISHED: GenerateEach(*loaded, config, new_tokens=8, encode_each=True),
+            LEAST: GenerateEach(*loaded, config, new_tokens=1, encode_each=False),
+            "(b) batched, nothing shared": BatchedApart(*loaded, config, AUTO_BUDGET["cpu"]),
+            "(c) and shared prefixes": Prober(*loaded, config, None),
+            "(d) and cascade": Prober(*loaded, config.model_copy(update={"cascade": True}), limits),
+        }
+
+
+def thresholds_of(scores: Sequence[ImageScores], quantile: float, config: ProbeConfig) -> tuple[float, float]:
     """Quantiles of top-1 probability and influence over all tokens."""
     top1 = np.concatenate([s.top1_prob for s in scores])
-    influence = np.concatenate([s.region_divergence + CONFIG.global_weight * s.global_divergence for s in scores])
+    influence = np.concatenate([s.region_divergence + config.global_weight * s.global_divergence for s in scores])
     return float(np.quantile(top1, quantile)), float(np.quantile(influence, quantile))
 
 
-def same(reference: ImageScores, other: ImageScores, limits: tuple[float, float]) -> bool:
+def same(reference: ImageScores, other: ImageScores, limits: tuple[float, float], config: ProbeConfig) -> bool:
     """Equal low-information sets, scores within 1e-5 of a threshold aside."""
-    a, b = (low_information(s, limits, CONFIG) for s in (reference, other))
-    influence = reference.region_divergence + CONFIG.global_weight * reference.global_divergence
+    a, b = (low_information(s, limits, config) for s in (reference, other))
+    influence = reference.region_divergence + config.global_weight * reference.global_divergence
     near: NDArray[np.bool_] = (abs(reference.top1_prob - limits[0]) < 1e-5) | (abs(influence - limits[1]) < 1e-5)
     return bool((near | (a == b)).all())
 
 
-def experiment_rows(images: int, quantile: float) -> list[dict[str, Any]]:
-    """Part 1."""
-    model, processor = load_model(str(CHECKPOINT))
-    pictures = [(render(make_scene("codebook", i)), f"scene-{i}") for i in range(images)]
-    off = Prober(model, processor, CONFIG, None)
-    limits = thresholds_of(off.probe([p for p, _ in pictures], [k for _, k in pictures]), quantile)
-    on = Prober(model, processor, CONFIG.model_copy(update={"cascade": True}), limits)
-    naive = OneForwardPerExperiment(model, processor)
-    ways: tuple[OneForwardPerExperiment | Prober, ...] = (naive, off, on)
-    seconds: dict[str, list[float]] = {"one forward per experiment": [], "batched, shared prefixes": [], "and cascade": []}
+def spend(way: Way, image: Image.Image, key: str) -> tuple[ImageScores, Spent]:
+    """One image's scores and what they took."""
+    if isinstance(way, PlainProber):
+        way.spent = Spent()
+        return way.probe(image, key), way.spent
+    wall = time.perf_counter()
+    prompt = way.prepare(image)
+    before, started = way.counters.flops, time.process_time()
+    scores = way.probe_prepared(prompt, key)
+    model = time.process_time() - started
+    return scores, Spent(model, time.perf_counter() - wall, way.counters.flops - before)
+
+
+def cpu_peak(size: int = 1536) -> float:
+    """FLOPs per CPU second of one large matrix product on one thread, the best of three."""
+    a, seconds = torch.ones(size, size), []
+    for _ in range(3):
+        started = time.process_time()
+        torch.mm(a, a)
+        seconds.append(time.process_time() - started)
+    return 2.0 * size**3 / min(seconds)
+
+
+def compare(case: Case) -> list[dict[str, Any]]:
+    """Part 1 for one case."""
+    pictures = [(render(make_scene("codebook", i)), f"scene-{i}") for i in range(case.images)]
+    off = Prober(case.model, case.processor, case.config, None)
+    limits = thresholds_of([off.probe([p], [k])[0] for p, k in pictures], case.quantile, case.config)
+    ways = case.ways(limits)
+    spent: dict[str, list[Spent]] = {name: [] for name in ways}
+    peaks, low = [], 0
     for picture, key in pictures:
-        found = []
-        for name, prober in zip(seconds, ways, strict=True):
-            started = time.perf_counter()
-            found += prober.probe([picture], [key])
-            seconds[name].append(time.perf_counter() - started)
-        if not all(same(found[0], other, limits) for other in found[1:]):
-            raise RuntimeError(f"{key}: the ways to probe disagree about low-information tokens")
-        console.print(key, {name: round(times[-1], 2) for name, times in seconds.items()})
-    first = seconds["one forward per experiment"]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    skipped = on.counters.global_.skipped / max(1, on.counters.global_.asked)
+        peaks.append(cpu_peak())
+        first: ImageScores | None = None
+        for name, way in ways.items():
+            scores, cost = spend(way, picture, key)
+            spent[name].append(cost)
+            first = first or scores
+            if not same(first, scores, limits, case.config):
+                raise RuntimeError(f"{key}: {name} disagrees about low-information tokens")
+        low += int(low_information(first, limits, case.config).sum()) if first else 0
+        console.print(case.name, case.probed, key, [round(costs[-1].model, 2) for costs in spent.values()])
+    cascade = next(way for name, way in ways.items() if "cascade" in name)
+    work = cascade.counters.work(1.0) if isinstance(cascade, Prober) else None
     return [
-        {
-            "variant": name,
-            "model": "reference VLM",
-            "tokens_per_image": 144,
-            "images": images,
-            "model_seconds": sum(times),
-            "wall_seconds": sum(times),
-            "images_per_s": images / sum(times),
-            "ratio_to_naive": statistics.median(a / b for a, b in zip(first, times, strict=True)),
-            "mfu": None,
-            "peak_mb": peak,
-            "global_runs_skipped": skipped if name == "and cascade" else 0.0,
-        }
-        for name, times in seconds.items()
+        row(case, name, spent, statistics.median(peaks))
+        | {"experiments_skipped": work.skip_rate if work and "cascade" in name else 0.0}
+        | {"low_information": low / (case.images * case.probed), "threshold_quantile": case.quantile}
+        for name in spent
     ]
 
 
-def build_row(images: int) -> dict[str, Any]:
-    """Part 2."""
-    with tempfile.TemporaryDirectory() as folder:
+def row(case: Case, name: str, spent: dict[str, list[Spent]], peak: float) -> dict[str, Any]:
+    """Totals of one variant and its medians against both naive ones."""
+
+    def ratio(against: str, field: str) -> float:
+        pairs = zip(spent[against], spent[name], strict=True)
+        return statistics.median(getattr(a, field) / getattr(b, field) for a, b in pairs)
+
+    model, wall, flops = (sum(getattr(s, field) for s in spent[name]) for field in ("model", "wall", "flops"))
+    return {
+        "variant": name,
+        "model": case.name,
+        "tokens_per_image": case.grid,
+        "probed": case.probed,
+        "images": case.images,
+        "model_seconds": model,
+        "wall_seconds": wall,
+        "images_per_s": case.images / wall,
+        "ratio_to_naive": ratio(PUBLISHED, "model"),
+        "wall_ratio_to_naive": ratio(PUBLISHED, "wall"),
+        "ratio_to_least_naive": ratio(LEAST, "model"),
+        "gflops_per_image": flops / case.images / 1e9,
+        "mfu": flops / model / peak,
+        "peak_mb": None,
+    }
+
+
+def build_row(images: int, workers: int | None) -> dict[str, Any]:
+    """Part 2: a build by the command; `workers` None: --local. Peak memory is that of the command's own process."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shards = write_scene_shards(folder / "shards", images=images, per_shard=max(1, images // 8))
+        config = build_config(shards, folder / "codebook") | {"selection": {"min_images": 0}}
+        config["thresholds"] = config.get("thresholds", {}) | {"calibration_images": 8}
+        config["cluster"] = {"workers": workers or 1, "cpus_per_worker": 1}
+        (folder / "build.yaml").write_text(yaml.safe_dump(config))
+        how = ["--local"] if workers is None else []
+        command = [str(Path(sys.executable).with_name("codebook-build")), "run", str(folder / "build.yaml"), "--json", *how]
         started = time.perf_counter()
-        book = build_reference(Path(folder), images)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        report = json.loads(process.stdout.read() if process.stdout else "")
+        _, status, usage = os.wait4(process.pid, 0)
         wall = time.perf_counter() - started
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-        command = [str(Path(sys.executable).with_name("codebook-build")), "inspect", str(book), "--json"]
-        summary = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise RuntimeError(f"the build of {images} images failed")
         return {
-            "variant": "whole build, --local, 1 thread",
+            "variant": "whole build, --local" if workers is None else f"whole build, Ray, {workers} worker(s)",
             "model": "reference VLM",
-            "tokens_per_image": 48,
+            "tokens_per_image": 144,
+            "probed": config["probe"]["tokens_per_image"],
             "images": images,
             "wall_seconds": wall,
             "images_per_s": images / wall,
-            "peak_mb": peak,
-            "prototypes": summary["prototypes"],
-            "artefact_bytes": summary["bytes"],
+            "mfu": report["work"]["mfu"],
+            "experiments_skipped": report["work"]["skip_rate"],
+            "peak_mb": usage.ru_maxrss / 1024 if workers is None else None,
+            "prototypes": report["prototypes"],
+            "artefact_bytes": sum(f.stat().st_size for f in (folder / "codebook").rglob("*") if f.is_file()),
         }
+
+
+def cases(images: int) -> list[Case]:
+    """Growth with the tokens probed (reference model), with the thresholds, and with the tokens of an image (random LLaVA)."""
+    reference = load_model(str(CHECKPOINT))
+    found = [Case("reference VLM", *reference, 144, probed, images, 0.35) for probed in (16, 48, 144)]
+    found.append(Case("reference VLM", *reference, 144, 48, images, 0.15))
+    for side in (12, 18, 24):
+        found.append(Case("random LLaVA (d 512, 8 layers)", *random_llava(side, 512), side * side, 6, 2, 0.35))
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=8, help="images of part 1")
-    parser.add_argument("--build-images", type=int, default=240, help="images of part 2")
-    parser.add_argument("--quantile", type=float, default=0.5, help="thresholds of part 1, as a quantile of its own scores")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--images", type=int, default=3, help="images of part 1")
+    parser.add_argument("--build-images", type=int, nargs="+", default=[16, 64], help="sizes of the builds of part 2")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/build.json")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    rows = experiment_rows(args.images, args.quantile)
-    publish("build", [*rows, build_row(args.build_images)], 0, out=args.out)
+    torch.set_num_threads(1)
+    rows = [row for case in cases(args.images) for row in compare(case)]
+    rows += [build_row(images, None) for images in args.build_images]
+    rows += [build_row(args.build_images[-1], workers) for workers in (1, 2)]
+    publish("build", rows, 0, out=args.out)
 
 
 if __name__ == "__main__":

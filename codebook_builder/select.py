@@ -24,7 +24,10 @@ from codebook_schemas import ProbeConfig, SelectionConfig, UserError
 from codebook_schemas.tables import provenance_schema
 
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+Rows = NDArray[np.int64]
 Mask = NDArray[np.bool_]
+BLOCK_ROWS = 16_384
 
 
 @dataclass(frozen=True)
@@ -156,12 +159,12 @@ def _keep(
     groups = [np.flatnonzero(labels == label) for label in kept]
     if config.prototypes == "members":
         rows = np.concatenate(groups)
-        prototypes = np.array(vectors[rows], np.float32)
+        prototypes = np.asarray(vectors[rows])  # the one copy in memory
         sizes = [len(g) for g in groups]
     else:
-        means = [spherical_mean(vectors[g]) for g in groups]
+        means = [spherical_mean(vectors, g) for g in groups]
         prototypes = np.stack([mean for mean, _ in means])
-        rows = np.array([g[nearest] for g, (_, nearest) in zip(groups, means, strict=True)])
+        rows = np.array([nearest for _, nearest in means])
         sizes = [1] * len(groups)
     cluster = np.repeat(np.arange(len(kept), dtype=np.int32), sizes)
     wide = np.repeat(support[kept].astype(np.int32), sizes)
@@ -177,17 +180,34 @@ def support_of(scores: pa.Table, labels: NDArray[np.int64]) -> NDArray[np.int64]
     return np.bincount(distinct["label"].to_numpy(), minlength=int(labels.max()) + 1)
 
 
-def spherical_mean(vectors: Floats) -> tuple[Floats, int]:
-    """The mean direction of rows [n, d], scaled to their mean norm [d], and the index of the row nearest to it by cosine."""
-    x = np.asarray(vectors, np.float64)
-    norms = np.linalg.norm(x, axis=1)
-    unit = x / np.maximum(norms, 1e-12)[:, None]
-    mean = unit.mean(0)
-    length = np.linalg.norm(mean)
+def spherical_mean(vectors: Floats, rows: Rows) -> tuple[Floats, int]:
+    """The mean direction of some rows of `vectors` [n, d], scaled to their mean norm [d], and the row nearest to it by cosine.
+
+    Memory does not grow with the number of rows: they are read in blocks, twice.
+    """
+    total, norm_sum = np.zeros(vectors.shape[1]), 0.0
+    for _, unit, norms in _unit_blocks(vectors, rows):
+        total += unit.sum(0)
+        norm_sum += float(norms.sum())
+    length = np.linalg.norm(total) / len(rows)
     if length < 1e-6:  # members cancel out: the mean has no direction, the first member stands for them
-        return np.asarray(vectors[0], np.float32), 0
-    direction = mean / length
-    return (direction * norms.mean()).astype(np.float32), int((unit @ direction).argmax())
+        return np.asarray(vectors[rows[0]], np.float32), int(rows[0])
+    direction = total / len(rows) / length
+    best, nearest = -np.inf, 0
+    for members, unit, _ in _unit_blocks(vectors, rows):
+        cosine = unit @ direction
+        if cosine.max() > best:
+            best, nearest = float(cosine.max()), int(members[cosine.argmax()])
+    return (direction * norm_sum / len(rows)).astype(np.float32), nearest
+
+
+def _unit_blocks(vectors: Floats, rows: Rows) -> Iterator[tuple[Rows, Doubles, Doubles]]:
+    """Some rows at a time: their numbers, unit vectors and norms in float64."""
+    for start in range(0, len(rows), BLOCK_ROWS):
+        members = rows[start : start + BLOCK_ROWS]
+        x = np.asarray(vectors[members], np.float64)
+        norms = np.linalg.norm(x, axis=1)
+        yield members, x / np.maximum(norms, 1e-12)[:, None], norms
 
 
 def _nothing_left(counts: dict[str, int], rule: Rule, config: SelectionConfig, support: list[int]) -> str:

@@ -81,9 +81,19 @@ def test_centroids_are_the_spherical_means_of_the_members(tmp_path: Path) -> Non
         assert nearest.select(columns).equals(centroids.provenance.slice(i, 1).select(columns))
 
 
+def test_a_mean_of_many_rows_is_read_in_blocks() -> None:
+    vectors = np.random.default_rng(3).normal(size=(40_000, 3)).astype(np.float32) + 1
+    rows = np.arange(5, 40_000, 1)
+    unit = vectors[rows].astype(np.float64) / np.linalg.norm(vectors[rows].astype(np.float64), axis=1, keepdims=True)
+    direction = unit.mean(0) / np.linalg.norm(unit.mean(0))
+    mean, nearest = spherical_mean(vectors, rows)
+    np.testing.assert_allclose(mean / np.linalg.norm(mean), direction, atol=1e-6)
+    assert nearest == rows[(unit @ direction).argmax()]
+
+
 def test_opposite_members_have_no_mean_direction() -> None:
     vectors = np.array([[1, 0], [-1, 0]], np.float32)
-    mean, nearest = spherical_mean(vectors)
+    mean, nearest = spherical_mean(vectors, np.arange(len(vectors)))
     assert (mean.tolist(), nearest) == ([1, 0], 0)
 
 
