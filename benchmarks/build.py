@@ -164,7 +164,7 @@ def row(case: Case, name: str, spent: dict[str, list[Spent]], peak: float) -> di
 
     def ratio(against: str, field: str) -> float:
         pairs = zip(spent[against], spent[name], strict=True)
-        return statistics.median(getattr(a, field) / getattr(b, field) for a, b in pairs)
+        return float(statistics.median(getattr(a, field) / getattr(b, field) for a, b in pairs))
 
     model, wall, flops = (sum(getattr(s, field) for s in spent[name]) for field in ("model", "wall", "flops"))
     return {

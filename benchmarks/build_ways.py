@@ -77,15 +77,20 @@ class PlainProber:
         whole = torch.arange(first, gone).expand(len(token), -1)
         hit = (whole[:, :, None] == window[:, None, :]).any(-1)
         k, scale = self.config.top_k_divergence, self.config.divergence
-        scores = (
-            top1_probability(ask(own), self.config.top_k_single),
-            divergence(ask(window), ask(window.masked_fill(window == own, gone)), scale, k),
-            divergence(ask(whole[:1]), ask(whole.masked_fill(hit, gone)), scale, k),
-        )
+        single = top1_probability(ask(own), self.config.top_k_single)
+        region = divergence(ask(window), ask(window.masked_fill(window == own, gone)), scale, k)
+        moved = divergence(ask(whole[:1]), ask(whole.masked_fill(hit, gone)), scale, k)
         self.spent.wall += time.perf_counter() - started
         position = np.stack([token // side, token % side], 1).astype(np.int16)
         return ImageScores(
-            key, token.astype(np.int32), position, *(s.numpy() for s in scores), None, visual[token].float().numpy()
+            key=key,
+            token=token.astype(np.int32),
+            position=position,
+            top1_prob=single.numpy(),
+            region_divergence=region.numpy(),
+            global_divergence=moved.numpy(),
+            cls_similarity=None,
+            embeddings=visual[token].float().numpy(),
         )
 
 
@@ -139,7 +144,7 @@ class BatchedApart(PlainProber):
         """See `PlainProber.answers`."""
         started = time.process_time()
         found = []
-        for part in runs.split(max(1, self.budget // runs.shape[1])):
+        for part in torch.split(runs, max(1, self.budget // runs.shape[1])):
             hidden = self.adapter.decoder(inputs_embeds=table[part], use_cache=False).last_hidden_state[:, -1]
             found.append(self.model.get_output_embeddings()(hidden))
         self.spent.model += time.process_time() - started
