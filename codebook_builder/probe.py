@@ -25,7 +25,7 @@ from codebook_builder.prompt import SplitPrompt, ablation_embedding, split_promp
 from codebook_builder.runs import ImageRuns, grids
 from codebook_builder.sampling import sample_tokens
 from codebook_prune.adapters.loading import adapter_for
-from codebook_schemas import ProbeConfig
+from codebook_schemas import ProbeConfig, UserError
 
 Floats = NDArray[np.float32]
 AUTO_BUDGET = {"cpu": 2048, "cuda": 16_384}
@@ -122,12 +122,14 @@ class Prober:
             seed: shifts the raster sample.
 
         Raises:
-            UserError: unsupported model type, no usable chat template, or a decoder without full attention.
+            UserError: unsupported model type, no usable chat template, or a decoder without full, causal attention.
         """
         self.counters = ProbeCounters()
         self._config, self._processor, self._seed = config, processor, seed
         self._thresholds = thresholds if config.cascade else None
         self._adapter = adapter_for(model)
+        if self._adapter.own_masks:
+            raise UserError(f"image tokens of {self._adapter.family} see each other: probing needs a causal decoder")
         self._embed = model.get_input_embeddings()
         wanted, kind = config.tokens_per_batch, self._embed.weight.device.type
         budget = AUTO_BUDGET.get(kind, AUTO_BUDGET["cpu"]) if wanted == "auto" else wanted

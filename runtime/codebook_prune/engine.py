@@ -65,7 +65,7 @@ def pruned(
             that is already in such a block.
     """
     adapter = adapter_for(model)
-    _check_attention(adapter)
+    _check_attention(adapter, pruners)
     decoder, base = adapter.decoder, model.base_model
     if any(isinstance(getattr(hook, "__self__", None), Engine) for hook in decoder._forward_pre_hooks.values()):
         raise UserError("this model is already being pruned: leave that block first, or chain the pruners with |")
@@ -135,6 +135,8 @@ class Engine:
             if call.get("position_ids") is not None:
                 call["position_ids"] = call["position_ids"][..., -new:]
         self._call = call
+        if self.adapter.own_masks and state.pruned:  # what it would make of the caller's mask is of the unpruned length
+            return (), call | {"attention_mask": None, "token_type_ids": None}
         return (), call
 
     def before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> tuple[tuple[()], Arguments] | None:
@@ -142,6 +144,8 @@ class Engine:
         call, self._call = self._call, None
         if call is None or args:
             raise UserError("inside a pruning block call the model, not its decoder")
+        if self.adapter.own_masks:
+            kwargs = kwargs | {"attention_mask": call.get("attention_mask")}
         state, cached = state_of(kwargs.get("past_key_values"))
         stages = stages_of(kwargs.get("past_key_values"))
         if stages and not self.drops.plan:
@@ -161,6 +165,8 @@ class Engine:
                 if chosen is not None:
                     embeds, keep = chosen
                     changed, self._state = self._shortened(kwargs | {"inputs_embeds": embeds}, keep, state, cached)
+        if changed and self.adapter.own_masks:
+            changed["attention_mask"] = self.adapter.masks(kwargs | changed, self._types(call, cached))
         if self.drops.plan:
             self.drops.begin(self._entered(kwargs, changed, images, state, stages))
         return ((), kwargs | changed) if changed else None
@@ -175,6 +181,21 @@ class Engine:
             if self._labels is not None:
                 ignore_unpredicted(self._labels, *left)
         self._left = self._labels = None
+
+    def _types(self, call: Arguments, cached: int) -> Tensor | None:
+        """The call's `token_type_ids` of the columns that enter the decoder."""
+        types: Tensor | None = call.get("token_type_ids")
+        if types is None:
+            return None
+        types = types[:, -self._length :]
+        if cached:
+            if bool(types.any()):
+                raise UserError("a further image on a pruned cache is not supported for this model: start from a new cache")
+            return None
+        if self._left is not None:
+            index, valid = self._left
+            types = types.to(index.device).gather(1, index).masked_fill(~valid, 0)
+        return types
 
     def _entered(
         self,
@@ -294,8 +315,14 @@ def brings_images(call: Arguments) -> bool:
     return any(value is not None for value in (*pixels, *encoded))
 
 
-def _check_attention(adapter: VLMAdapter) -> None:
-    """Refuse decoders whose masks count columns, not positions."""
+def _check_attention(adapter: VLMAdapter, pruners: Sequence[Pruner | LayerPruner]) -> None:
+    """Refuse decoders whose masks count columns, not positions, where that makes a difference."""
+    if adapter.own_masks:
+        if not all(isinstance(pruner, Pruner) and pruner.positions == "compact" for pruner in pruners):
+            raise UserError(
+                f"{adapter.family} has sliding-window layers: only pruners in front of layer 0 with positions='compact' fit it"
+            )
+        return
     config = adapter.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     windowed = any(getattr(config, name, None) is not None for name in ("sliding_window", "attention_chunk_size"))

@@ -138,6 +138,10 @@ class VLMAdapter(ABC):
     """Whether position ids count tokens, so that dropping leaves gaps to close. False with M-RoPE, where a visual token's
     position is its place in time, height and width: kept tokens keep it whatever a pruner's `positions` say."""
 
+    own_masks: ClassVar[bool] = False
+    """Whether the base model makes the decoder's masks, of which some are windows or not causal (Gemma 3): then tokens are
+    dropped in front of layer 0 only, with compact positions, and `masks` says what the decoder is given instead."""
+
     def __init__(self, model: Any) -> None:
         self.model = model
         self.config = model.config
@@ -203,6 +207,15 @@ class VLMAdapter(ABC):
             UserError: the family has none.
         """
         raise UserError(f"videos are not supported for {self.family}")
+
+    def masks(self, arguments: Mapping[str, Any], types: Tensor | None) -> Any:
+        """The decoder's masks after a drop, in families with `own_masks`.
+
+        Args:
+            arguments: what the decoder is about to be given, `attention_mask` [batch, length] among it.
+            types: [batch, new length], the call's `token_type_ids` of the columns that enter; None: it has none.
+        """
+        raise NotImplementedError
 
     @torch.no_grad()
     def encode(self, inputs: Mapping[str, Any]) -> VisualTokens:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,22 @@ def causal_mask(config: Any, hidden: Tensor, mask: Tensor | None, cache: Any, la
     return create_causal_mask(
         config=config, inputs_embeds=hidden, attention_mask=mask, past_key_values=cache, position_ids=None, layer_idx=layer
     )
+
+
+def block_masks(config: Any, arguments: Mapping[str, Any], types: Tensor) -> Any:
+    """Gemma 3's masks of a prompt: causal, but an image's tokens see each other; cut to a window in the layers that have one.
+
+    Args:
+        config: the decoder's.
+        arguments: what the decoder is called with, `attention_mask` [batch, length] bool.
+        types: [batch, length], 1 where a token is an image's.
+    """
+    from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model, get_block_sequence_ids_for_mask
+
+    names = ("inputs_embeds", "attention_mask", "past_key_values", "position_ids")
+    known = {name: arguments.get(name) for name in names}
+    blocks = get_block_sequence_ids_for_mask(types, device=arguments["inputs_embeds"].device)
+    return create_masks_for_vision_model(config, **known, block_sequence_ids=blocks)
 
 
 def register_attention(name: str, function: Callable[..., Any]) -> None:
