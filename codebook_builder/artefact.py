@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save
@@ -27,11 +28,13 @@ from codebook_prune.codebook import Codebook
 from codebook_prune.index import ShardedIndex
 from codebook_schemas import BuildConfig, CodebookManifest, FileEntry, ModelInfo, Part, Quality, Thresholds, UserError
 from codebook_schemas.config import content_hash
+from codebook_schemas.errors import one_line
 from codebook_schemas.files import replace_atomically, sync_folder
 from codebook_schemas.manifest import MANIFEST
 from codebook_schemas.tables import provenance_schema
 
 CARD = "README.md"
+MAX_TABLE_BYTES, MAX_ROW_BYTES = 1 << 20, 8192
 LIBRARIES = ("codebook-prune", "torch", "transformers", "numpy", "faiss-cpu", "faiss-gpu", "pyarrow", "safetensors", "pillow")
 Measure = Callable[[Codebook, ShardedIndex], Quality]
 
@@ -137,15 +140,32 @@ def read_provenance(folder: Path, manifest: CodebookManifest) -> pa.Table | None
         manifest.verify(folder, [part.provenance])
         path = folder / part.provenance
         try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                check_schema(file.schema_arrow, provenance_schema(), path)
-                table = file.read()
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"codebook file {path} is damaged: {str(error).splitlines()[0]}") from None
-        if table.num_rows != part.rows:
-            raise UserError(f"codebook file {path} has {table.num_rows} rows, the manifest says {part.rows}")
-        tables.append(table)
+            tables.append(_read_table(path, part.rows))
+        except UserError:
+            raise
+        except (pa.ArrowException, OSError, ValueError) as error:  # names that are not UTF-8 among them
+            raise UserError(f"codebook file {path} is damaged: {one_line(error)}") from None
     return pa.concat_tables(tables)
+
+
+def _read_table(path: Path, rows: int) -> pa.Table:
+    """Provenance of one part. Strings are read as dictionaries and measured first: a file of few bytes may hold long ones."""
+    with pq.ParquetFile(path) as file:
+        check_schema(file.schema_arrow, provenance_schema(), path)
+        if file.metadata.num_rows != rows:
+            raise UserError(f"codebook file {path} has {file.metadata.num_rows} rows, the manifest says {rows}")
+        size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
+        if not 0 <= size <= MAX_TABLE_BYTES + rows * MAX_ROW_BYTES:
+            raise UserError(f"codebook file {path} would take {size} bytes: too many for {rows} rows")
+    with pq.ParquetFile(path, page_checksum_verification=True, read_dictionary=["shard", "key"]) as file:
+        table = file.read()
+    for name in ("shard", "key"):
+        longest = pc.max(pc.binary_length(table[name].unify_dictionaries().chunk(0).dictionary)).as_py() or 0
+        if longest > MAX_ROW_BYTES:
+            raise UserError(f"codebook file {path} has a {name} of {longest} bytes")
+    table = table.cast(provenance_schema())
+    table.validate(full=True)
+    return table
 
 
 def _files(folder: Path, part: Part) -> dict[str, FileEntry]:

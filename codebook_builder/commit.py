@@ -6,7 +6,6 @@ committed exactly once whatever is killed, retried or run twice.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import uuid
@@ -20,7 +19,7 @@ from pydantic import Field, ValidationError
 
 from codebook_schemas import UserError
 from codebook_schemas.config import Strict, describe
-from codebook_schemas.files import create_exclusively, sha256_of, sync_folder
+from codebook_schemas.files import create_exclusively, read_json, sha256_of, sync_folder
 from codebook_schemas.inputs import ShardEntry
 from codebook_schemas.tables import probe_schema
 
@@ -115,13 +114,12 @@ def read_marker(folder: Path, shard: str) -> Marker | None:
     """The marker of a shard, None if the shard is not committed; raises UserError for a damaged one."""
     path = marker_path(folder, shard)
     try:
-        return Marker.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return Marker.model_validate(read_json(path))
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"marker {path} is damaged ({error}): delete it to probe the shard again") from None
-    except ValidationError as error:
-        raise UserError(f"marker {path} is damaged ({describe(error)}): delete it to probe the shard again") from None
+    except ValueError as error:
+        reason = describe(error) if isinstance(error, ValidationError) else error
+        raise UserError(f"marker {path} is damaged ({reason}): delete it to probe the shard again") from None
 
 
 def committed(folder: Path, shards: list[ShardEntry], probe_hash: str) -> dict[str, Marker]:

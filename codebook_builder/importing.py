@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from codebook_builder.artefact import Origin, Prototypes, create
 from codebook_prune.adapters.loading import families
 from codebook_schemas import CodebookManifest, ModelInfo, Thresholds, UserError
+from codebook_schemas.files import read_json
 
 NAMES = ("prototypes", "codebook")
 MAX_META_BYTES = 64 << 20
@@ -65,10 +65,8 @@ def _read_meta(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        if path.stat().st_size > MAX_META_BYTES:
-            raise UserError(f"{path} is larger than {MAX_META_BYTES} bytes")
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        meta = read_json(path, MAX_META_BYTES)
+    except ValueError as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if not isinstance(meta, dict):
         raise UserError(f"{path} must be a JSON object")

@@ -27,7 +27,7 @@ from codebook_builder.select import influence
 from codebook_builder.shards import expand, scan
 from codebook_schemas import BuildConfig, Quantile, ThresholdConfig, UserError
 from codebook_schemas.config import content_hash
-from codebook_schemas.files import create_exclusively, replace_atomically
+from codebook_schemas.files import create_exclusively, read_json, replace_atomically
 from codebook_schemas.inputs import InputManifest
 
 
@@ -234,10 +234,10 @@ def _plain(config: BuildConfig, name: str) -> Any:
 
 def _read_json(path: Path, advice: str) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: {advice}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): {advice}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} is damaged: {advice}")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from codebook_prune.hub import hub_answers, looks_local
 from codebook_schemas import CodebookManifest, UserError
+from codebook_schemas.errors import one_line
 from codebook_schemas.files import replace_atomically
 
 ALLOW_PATTERNS = ["manifest.json", "*.safetensors", "index/*.faiss", "*.parquet", "README.md"]
@@ -53,7 +54,7 @@ class Codebook:
         manifest = CodebookManifest.read(folder)
         names = [part.prototypes for part in manifest.parts]
         manifest.verify(folder, names)
-        parts = [_load_part(folder / part.prototypes, part.rows, manifest.dimension) for part in manifest.parts]
+        parts = [_load_part(folder / part.prototypes, part.rows, manifest) for part in manifest.parts]
         joined = {key: torch.cat([part[key] for part in parts]) for key in ("prototypes", "support", "cluster")}
         return cls(**joined, manifest=manifest, folder=folder)
 
@@ -193,22 +194,26 @@ def check_tensors(tensors: dict[str, Tensor], dimension: int, source: str) -> No
     for name, value in (("support", support), ("cluster", cluster)):
         if value.shape != (len(prototypes),) or value.dtype != torch.int32:
             raise UserError(f"{source}: {name} must be int32 [{len(prototypes)}], not {value.dtype} {list(value.shape)}")
+        if int(value.min()) < 0:
+            raise UserError(f"{source}: {name} has negative values")
     norms = prototypes.float().norm(dim=-1)
     if not torch.isfinite(norms).all() or bool((norms == 0).any()):
         raise UserError(f"{source}: prototypes contain NaN, infinite or zero vectors")
 
 
-def _load_part(path: Path, rows: int, dimension: int) -> dict[str, Tensor]:
+def _load_part(path: Path, rows: int, manifest: CodebookManifest) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+        raise UserError(f"cannot read {path}: {one_line(error)}") from None
     if set(tensors) != {"prototypes", "support", "cluster"}:
-        raise UserError(f"{path} must hold prototypes, support and cluster, not {sorted(tensors)}")
-    check_tensors(tensors, dimension, str(path))
+        raise UserError(f"{path} must hold prototypes, support and cluster, not {one_line(sorted(tensors))}")
+    check_tensors(tensors, manifest.dimension, str(path))
+    if (dtype := str(tensors["prototypes"].dtype).removeprefix("torch.")) != manifest.dtype:
+        raise UserError(f"{path} has prototypes in {dtype}, the manifest says {manifest.dtype}")
     if len(tensors["prototypes"]) != rows:
         raise UserError(f"{path} has {len(tensors['prototypes'])} prototypes, the manifest says {rows}")
     return tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from codebook_schemas import CodebookManifest, UserError
+
+_HEADER = 37
+"""Bytes of FAISS's header of one index."""
 
 
 def import_faiss() -> Any:
@@ -20,6 +24,32 @@ def import_faiss() -> Any:
     return faiss
 
 
+def check_shard(path: Path, dimension: int, first_id: int) -> None:
+    """Refuse a file that is not, byte by byte around its vectors, an inner-product index with ids from `first_id` on.
+
+    FAISS's readers trust sizes: a shortened file ends the process (1.15). So it is given files of this one layout only.
+
+    Raises:
+        UserError: any other file.
+    """
+    size = path.stat().st_size
+    rows, rest = divmod(size - 2 * _HEADER - 16, 4 * dimension + 8)
+    with open(path, "rb") as file:
+        if rows >= 1 and rest == 0:
+            sizes = struct.pack(
+                "<iqqqBi", dimension, rows, 1 << 20, 1 << 20, 1, 0
+            )  # two unused numbers, trained, inner product
+            head = b"IxM2" + sizes + b"IxFI" + sizes + struct.pack("<Q", rows * dimension)
+            same = file.read(len(head)) == head
+            file.seek(4 * rows * dimension, 1)
+            ids = np.arange(first_id, first_id + rows, dtype="<i8")
+            if same and file.read(8) == struct.pack("<Q", rows) and file.read() == ids.tobytes():
+                return
+    raise UserError(
+        f"codebook index {path} is not a flat inner-product index of dimension {dimension} with ids from {first_id}"
+    )
+
+
 class ShardedIndex:
     """All index shards of a codebook behind one exact, deterministic search."""
 
@@ -27,7 +57,7 @@ class ShardedIndex:
         """Verify, memory-map and join the shards.
 
         Raises:
-            UserError: faiss missing, no index in the codebook, a damaged file, or a shard of an unexpected kind or size.
+            UserError: faiss missing, no index in the codebook, a damaged file, or a shard of an unexpected kind, size or ids.
         """
         faiss = import_faiss()
         names = [name for part in manifest.parts for name in part.index]
@@ -36,26 +66,13 @@ class ShardedIndex:
         manifest.verify(folder, names)
         self.dimension = manifest.dimension
         self._index = faiss.IndexShards(manifest.dimension, True, False)
-        self._shards = [self._open(faiss, folder / name, manifest) for name in names]
-        for shard in self._shards:
-            self._index.add_shard(shard)
-        if self._index.ntotal != manifest.rows:
-            raise UserError(f"codebook {folder} is damaged: its index has {self._index.ntotal} rows, not {manifest.rows}")
-
-    @staticmethod
-    def _open(faiss: Any, path: Path, manifest: CodebookManifest) -> Any:
-        limit = faiss.get_deserialization_vector_byte_limit()
-        faiss.set_deserialization_vector_byte_limit(max(1, path.stat().st_size))
-        try:
-            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-        except RuntimeError as error:
-            raise UserError(f"codebook index {path} cannot be read: {str(error).splitlines()[-1]}") from None
-        finally:
-            faiss.set_deserialization_vector_byte_limit(limit)
-        inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexIDMap2) else None
-        if not isinstance(inner, faiss.IndexFlatIP) or index.d != manifest.dimension:
-            raise UserError(f"codebook index {path} is not a flat inner-product index of dimension {manifest.dimension}")
-        return index
+        self._shards = []
+        for name in names:
+            check_shard(folder / name, manifest.dimension, len(self))
+            self._shards.append(faiss.read_index(str(folder / name), faiss.IO_FLAG_MMAP_IFC))
+            self._index.add_shard(self._shards[-1])
+        if len(self) != manifest.rows:
+            raise UserError(f"codebook {folder} is damaged: its index has {len(self)} rows, not {manifest.rows}")
 
     def __len__(self) -> int:
         return int(self._index.ntotal)
@@ -68,7 +85,7 @@ class ShardedIndex:
             k: at most the number of prototypes.
 
         Raises:
-            UserError: wrong shape, NaN or infinite values, or k out of range.
+            UserError: wrong shape, NaN or infinite values, k out of range, or NaN in the index.
         """
         if queries.ndim != 2 or queries.shape[1] != self.dimension:
             raise UserError(f"queries must be [n, {self.dimension}], not {list(queries.shape)}")
@@ -81,6 +98,8 @@ class ShardedIndex:
         width = min(len(self), k + 8)
         while True:
             scores, ids = self._index.search(unit, width)
+            if (ids < 0).any():
+                raise UserError("the codebook's index holds NaN: verify it, and download or build it again")
             tied = (scores[:, k - 1] == scores[:, -1]).any()
             if not tied or width == len(self):
                 break

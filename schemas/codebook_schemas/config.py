@@ -9,8 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from codebook_schemas.errors import UserError
+from codebook_schemas.errors import UserError, one_line
 
+MAX_CONFIG_BYTES = 1 << 20
+MAX_PROBLEMS = 5
 PROBE_PROMPT = "What does this image show? You must provide a single word or phrase that best describes it."
 
 
@@ -113,11 +115,15 @@ class BuildConfig(Strict):
         import yaml
 
         try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            if Path(path).stat().st_size > MAX_CONFIG_BYTES:
+                raise UserError(f"config {path} is larger than {MAX_CONFIG_BYTES} bytes")
+            text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read config {path}: {error}") from None
-        except yaml.YAMLError as error:
-            raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        try:
+            data = yaml.safe_load(text)
+        except Exception as error:  # besides YAMLError: whatever its constructors meet in dates, numbers, keys and nesting
+            raise UserError(f"config {path} is not valid YAML: {one_line(error)}") from None
         if not isinstance(data, dict):
             raise UserError(f"config {path} must be a mapping of keys to values")
         return cls.parse(data, str(path))
@@ -152,10 +158,12 @@ def content_hash(value: Any) -> str:
 
 
 def describe(error: ValidationError) -> str:
-    """A pydantic error in one line: every key with what is wrong about it."""
+    """A pydantic error in one line: the first keys with what is wrong about each."""
     lines = []
     for item in error.errors():
         key = ".".join(str(p) for p in item["loc"]) or "value"
         message = "unknown key" if item["type"] == "extra_forbidden" else item["msg"][0].lower() + item["msg"][1:]
-        lines.append(f"{key}: {message}")
-    return "; ".join(dict.fromkeys(lines))
+        lines.append(f"{one_line(key, 100)}: {one_line(message)}")
+    distinct = list(dict.fromkeys(lines))
+    more = f"; and {len(distinct) - MAX_PROBLEMS} more" if len(distinct) > MAX_PROBLEMS else ""
+    return "; ".join(distinct[:MAX_PROBLEMS]) + more

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from codebook_schemas.errors import one_line
 
 CHUNK = 1 << 20
+MAX_JSON_BYTES = 256 << 20
 
 
 def sha256_of(path: str | Path) -> str:
@@ -18,6 +23,25 @@ def sha256_of(path: str | Path) -> str:
         while chunk := handle.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
+    """The value in a JSON file that may hold anything.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not a regular file, of more than `limit` bytes, unreadable, or not JSON; the reason in one line.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError("not a regular file")
+        if (size := path.stat().st_size) > limit:
+            raise ValueError(f"it has {size} bytes, the limit is {limit}")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:  # also numbers of too many digits
+        raise ValueError(one_line(error)) from None
 
 
 def sync_folder(folder: Path) -> None:

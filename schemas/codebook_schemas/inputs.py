@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from pydantic import Field, ValidationError
 
 from codebook_schemas.config import Strict, content_hash, describe
 from codebook_schemas.errors import UserError
-from codebook_schemas.files import replace_atomically
+from codebook_schemas.files import read_json, replace_atomically
 
 
 class ShardEntry(Strict):
@@ -40,8 +39,10 @@ class InputManifest(Strict):
     def read(cls, path: Path) -> InputManifest:
         """Read it back; raises UserError in one line."""
         try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(f"cannot read input manifest {path}: {error}") from None
+            return cls.model_validate(read_json(path))
+        except FileNotFoundError:
+            raise UserError(f"cannot read input manifest {path}: it does not exist") from None
         except ValidationError as error:
             raise UserError(f"input manifest {path} is damaged: {describe(error)}") from None
+        except ValueError as error:
+            raise UserError(f"cannot read input manifest {path}: {error}") from None

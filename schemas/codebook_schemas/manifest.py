@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path, PurePosixPath
-from typing import Literal
+import re
+from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from codebook_schemas.config import BuildConfig, Strict, describe
-from codebook_schemas.errors import UserError
-from codebook_schemas.files import replace_atomically, sha256_of
+from codebook_schemas.config import BuildConfig, Strict, content_hash, describe
+from codebook_schemas.errors import UserError, one_line
+from codebook_schemas.files import read_json, replace_atomically, sha256_of
 
 FORMAT_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
-MAX_MANIFEST_BYTES = 64 << 20
+MAX_MANIFEST_BYTES = 16 << 20
+MAX_NAME = 200
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 
 
 class FileEntry(Strict):
@@ -91,16 +94,8 @@ class CodebookManifest(Strict):
     @classmethod
     def _names_stay_inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
         for name in files:
-            path = PurePosixPath(name)
-            if (
-                path.is_absolute()
-                or ".." in path.parts
-                or "\\" in name
-                or "\0" in name
-                or str(path) != name
-                or name == MANIFEST
-            ):
-                raise ValueError(f"file name {name!r} leaves the codebook folder")
+            if len(name) > MAX_NAME or not _NAME.fullmatch(name) or name == MANIFEST:
+                raise ValueError(f"file name {one_line(name, 80)!r} leaves the codebook folder or is none we write")
         return files
 
     @property
@@ -113,19 +108,21 @@ class CodebookManifest(Strict):
         """Read and validate `folder`/manifest.json.
 
         Raises:
-            UserError: no manifest, not JSON, unknown keys, a later format version, or a part that names an unlisted file.
+            UserError: no manifest, not JSON, unknown keys, a later format version, a part that names an unlisted file, or
+                another checksum than the one it gives (damage; who forges a codebook can recompute it).
         """
         path = folder / MANIFEST
         try:
-            if path.stat().st_size > MAX_MANIFEST_BYTES:
-                raise UserError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: not a codebook manifest")
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_json(path, MAX_MANIFEST_BYTES)
         except FileNotFoundError:
             raise UserError(f"{folder} is not a codebook: it has no {MANIFEST}") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except ValueError as error:
             raise UserError(f"cannot read {path}: {error}; download or build the codebook again") from None
         if isinstance(data, dict) and isinstance(version := data.get("format_version"), int) and version > FORMAT_VERSION:
-            raise UserError(f"{path} has format version {version}, this release reads {FORMAT_VERSION}: upgrade codebook-prune")
+            shown = one_line(version, 20)
+            raise UserError(f"{path} has format version {shown}, this release reads {FORMAT_VERSION}: upgrade codebook-prune")
+        if isinstance(data, dict) and "checksum" in data and data.pop("checksum") != content_hash(data):
+            raise UserError(f"{path} is damaged: its content differs from its checksum; download or build the codebook again")
         try:
             manifest = cls.model_validate(data)
         except ValidationError as error:
@@ -137,8 +134,10 @@ class CodebookManifest(Strict):
         return manifest
 
     def commit(self, folder: Path) -> None:
-        """Write the manifest atomically; the codebook exists, or changes, at this moment."""
-        replace_atomically(folder / MANIFEST, (self.model_dump_json(indent=1) + "\n").encode())
+        """Write the manifest atomically, a checksum of it included; the codebook exists, or changes, at this moment."""
+        data: dict[str, Any] = self.model_dump(mode="json")
+        text = json.dumps({**data, "checksum": content_hash(data)}, indent=1)
+        replace_atomically(folder / MANIFEST, (text + "\n").encode())
 
     def verify(self, folder: Path, names: list[str] | None = None) -> None:
         """Check size and SHA-256 of the named files (default: all) before anything parses them.
