@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from codebook_prune.pruners.codebook_diversity import CodebookDiversityPruner
     from codebook_prune.pruners.context import ContextPruner
     from codebook_prune.pruners.divprune import DivPrunePruner
+    from codebook_prune.pruners.evs import EVSPruner
     from codebook_prune.pruners.fastv import FastVPruner
     from codebook_prune.pruners.pool import PoolPruner
     from codebook_prune.pruners.pyramid import PyramidPruner
@@ -31,6 +32,7 @@ __all__ = [
     "CodebookPruner",
     "ContextPruner",
     "DivPrunePruner",
+    "EVSPruner",
     "FastVPruner",
     "PoolPruner",
     "PyramidPruner",
@@ -48,6 +50,7 @@ _HOMES = {
     "CodebookPruner": "codebook_prune.pruners.codebook",
     "ContextPruner": "codebook_prune.pruners.context",
     "DivPrunePruner": "codebook_prune.pruners.divprune",
+    "EVSPruner": "codebook_prune.pruners.evs",
     "FastVPruner": "codebook_prune.pruners.fastv",
     "PoolPruner": "codebook_prune.pruners.pool",
     "PyramidPruner": "codebook_prune.pruners.pyramid",

@@ -303,7 +303,9 @@ def written(picture: Path | None) -> dict[str, str]:
 
 def new_table(*first: str) -> Table:
     """An empty table of answers, tokens and times."""
-    return Table(*first, "answer", "tokens", "prefill ms", "prune ms", "total ms")
+    table = Table(*first, "answer", "tokens", "prefill ms", "prune ms", "total ms")
+    table.columns[0].overflow = "fold"
+    return table
 
 
 def cells(run: Run) -> list[Text]:

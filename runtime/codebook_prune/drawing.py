@@ -46,12 +46,13 @@ def draw_comparison(media: Media, names: Sequence[str], runs: Sequence[Run], ima
     pictures: list[Image.Image] = []
     captions: list[str] = []
     for name, run in zip(names, runs, strict=True):
-        drawn = [enlarged(p)[0] for p in media.pictures]
+        drawn, counts = [enlarged(p)[0] for p in media.pictures], [""] * len(media.pictures)
         if run.kept:
-            drawn, _ = kept_pictures(media, run, image_processor)
+            drawn, counts = kept_pictures(media, run, image_processor)
         pictures += drawn
-        first = f"{name}: {run.tokens}\n{run.answer}"
-        captions += [first, *(f"{time:.1f} s" for time in media.seconds[1:])]
+        times = [f"{time:.1f} s  {count}".strip() for time, count in zip(media.seconds, counts, strict=False)]
+        first = "\n".join([*times[:1], f"{name}: {run.tokens}", run.answer])
+        captions += [first, *times[1:]]
     columns = len(media.pictures) if media.is_video else min(COLUMNS, len(pictures))
     save_picture(sheet(pictures, captions, columns), path)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from codebook_prune.adapters.base import VisualTokens, VLMAdapter, entering_tokens
 from codebook_prune.encoder import EncoderTap
-from codebook_prune.pruners.base import Pruner
+from codebook_prune.pruners.base import Kept, Pruner
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def entering_images(
     frames, positions = torch.split(places[:, 1], lengths), torch.split(places[:, 2:], lengths)
     parts = zip(*(torch.split(x, lengths) for x in (entering.embeddings, places.to(embeds.device))), strict=True)
     tokens = [
-        VisualTokens(vectors, place[:, 0], place[:, 2:], frame=place[:, 1] if bool(frame.any()) else None)
-        for (vectors, place), frame in zip(parts, frames, strict=True)
+        VisualTokens(vectors, place[:, 0], place[:, 2:], frame=place[:, 1] if bool(frame.any()) else None, is_video=video)
+        for (vectors, place), frame, video in zip(parts, frames, adapter.are_videos(entering.ids[starts]).tolist(), strict=True)
     ]
     column, rows = (entering.row * embeds.shape[1] + entering.column).to(embeds.device), entering.row[starts].tolist()
     if with_text:
@@ -85,6 +85,18 @@ class Chosen:
     embeddings: Tensor | None
 
 
+def _keep(pruner: Pruner, items: Sequence[VisualTokens], rows: Sequence[int], batch: int) -> list[Kept | None]:
+    """What one pruner keeps of every item; `rows` are their batch rows, ascending."""
+    limits = pruner.budget.per_image(rows, batch)
+    if not pruner.by_prompt:
+        return pruner.keep_each(items, limits)
+    kept: list[Kept | None] = []
+    for row in sorted(set(rows)):
+        here = slice(rows.index(row), rows.index(row) + rows.count(row))
+        kept += pruner.keep_each(items[here], limits[here])
+    return kept
+
+
 def choose(pruners: Sequence[Pruner], images: EnteringImages, batch: int) -> Chosen | None:
     """What stays after all pruners, or None when no budget asks for less than everything.
 
@@ -96,7 +108,7 @@ def choose(pruners: Sequence[Pruner], images: EnteringImages, batch: int) -> Cho
     tokens, dropped, merged = list(images.tokens), False, False
     for pruner in pruners:
         given = [own if mask is None else own.only(mask) for own, mask in zip(tokens, left, strict=True)]
-        for number, kept in enumerate(pruner.keep_each(given, pruner.budget.per_image(images.rows, batch))):
+        for number, kept in enumerate(_keep(pruner, given, images.rows, batch)):
             if kept is None:
                 continue
             mask, dropped = left[number], True

@@ -56,6 +56,7 @@ class VisualTokens:
     (separators count with the grid they stand behind); None where every item has one grid. text: [t, d] input embeddings of the
     text tokens in ONE item's prompt, for pruners that ask for them (`Pruner.sees_text`), else None. encoder: of ONE item,
     likewise (`Pruner.sees_encoder`).
+    is_video: of ONE item, whether its frames follow each other in time.
     """
 
     embeddings: Tensor
@@ -65,12 +66,14 @@ class VisualTokens:
     frame: Tensor | None = None
     text: Tensor | None = None
     encoder: EncoderView | None = None
+    is_video: bool = False
 
     def only(self, chosen: Tensor) -> VisualTokens:
         """The tokens where `chosen` [n] bool is True."""
         cls, frame = (None if x is None else x[chosen] for x in (self.cls_similarity, self.frame))
         seen = None if self.encoder is None else self.encoder.only(chosen)
-        return VisualTokens(self.embeddings[chosen], self.image[chosen], self.position[chosen], cls, frame, self.text, seen)
+        part = replace(self, embeddings=self.embeddings[chosen], image=self.image[chosen], position=self.position[chosen])
+        return replace(part, cls_similarity=cls, frame=frame, encoder=seen)
 
     def with_embeddings(self, chosen: Tensor, embeddings: Tensor) -> VisualTokens:
         """These tokens, where `chosen` [n] bool is True with other `embeddings` [chosen, d]."""
@@ -172,6 +175,10 @@ class VLMAdapter(ABC):
         """[batch, length] bool: where visual embeddings enter."""
         return torch.isin(input_ids, torch.tensor(self.visual_token_ids, device=input_ids.device))
 
+    def are_videos(self, ids: Tensor) -> Tensor:
+        """[n] bool: which of the placeholders `ids` [n], on the CPU, stand for videos."""
+        return torch.isin(ids, torch.tensor(self.visual_token_ids[1:]))
+
     def layout(self, entering: EnteringTokens) -> Tensor:
         """Which item, which of its grids, which row and column each visual token is: [n, 4] long on the CPU.
 
@@ -184,7 +191,7 @@ class VLMAdapter(ABC):
         encoded = (entering.call.get("mm_encoder_outputs") or {}).values()
         if any(out is not None and out.last_hidden_state is None for out in encoded):  # generate cuts it from those of a chunk
             raise UserError(NOT_WHOLE)
-        video = torch.isin(entering.ids, torch.tensor(self.visual_token_ids[1:]))
+        video = self.are_videos(entering.ids)
         found = torch.empty(len(entering.ids), 4, dtype=torch.long)
         for mine, of_kind in ((~video, self.image_layout), (video, self.video_layout)):
             if bool(mine.any()):

@@ -59,6 +59,9 @@ class Pruner:
     sees_encoder: ClassVar[bool] = False
     """Whether `VisualTokens.encoder` is filled in; models whose encoder cannot be read are refused."""
 
+    by_prompt: ClassVar[bool] = False
+    """Whether `keep_each` is called with one prompt's items at a time: then what is kept of one may depend on the others."""
+
     keep_tokens: int | tuple[int, ...] | None = None
     keep_ratio: float | None = None
     threshold: float | None = None

@@ -22,10 +22,14 @@ class UniformPruner(Pruner):
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """[n] float32 in [0, 1), from the tokens' places alone."""
-        places = tokens.position
-        rows, columns = ((places << BITS) // (places.amax(0) + 1)).unbind(1)
-        order: Tensor = places.new_zeros(len(places))
-        for bit in range(BITS):  # coarser halvings count less: the first tokens lie farthest apart
-            row, column = rows >> bit & 1, columns >> bit & 1
-            order = 4 * order + (2 * (row ^ column) + row)
-        return order.float() / (1 << 2 * BITS)
+        return dither(tokens.position)
+
+
+def dither(places: Tensor) -> Tensor:
+    """The threshold matrix at places [n, 2] (row, column) of one grid: [n] float32 in [0, 1)."""
+    rows, columns = ((places << BITS) // (places.amax(0) + 1)).unbind(1)
+    order: Tensor = places.new_zeros(len(places))
+    for bit in range(BITS):  # coarser halvings count less: the first tokens lie farthest apart
+        row, column = rows >> bit & 1, columns >> bit & 1
+        order = 4 * order + (2 * (row ^ column) + row)
+    return order.float() / (1 << 2 * BITS)
