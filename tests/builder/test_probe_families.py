@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from transformers import (
 )
 
 from codebook_builder.probe import Prober
+from codebook_prune import UniformPruner, load_model
 from codebook_schemas import UserError
 
 SETTINGS = {"prompt": "what is it?"}
@@ -203,3 +206,28 @@ def test_a_sample_is_spread_over_all_grids() -> None:
     found = prober.probe([noise_image(3, (60, 24))], ["a"])[0]
     assert np.bincount(found.token // (SQUARE // 2) ** 2).tolist() == [2, 2, 2]
     assert not np.isnan(found.global_divergence).any()
+
+
+def test_a_saved_model_is_probed_and_pruned_and_a_missing_backend_is_named(tmp_path: Path) -> None:
+    family = FAMILIES["llava_next"]("sdpa")
+    family.model.generation_config.eos_token_id = None
+    family.model.save_pretrained(tmp_path)
+    processor_of(family).save_pretrained(tmp_path)
+    model, processor = load_model(str(tmp_path), device="cpu")
+    image = noise_image(3, (60, 24))
+    found = Prober(model, processor, config(tokens_per_image=5, **SETTINGS), None).probe([image], ["a"])[0]
+    expected = Prober(family.model, processor_of(family), config(tokens_per_image=5, **SETTINGS), None).probe([image], ["a"])[0]
+    np.testing.assert_array_equal(found.global_divergence, expected.global_divergence)
+    inputs = processor(text=["<image> what?"], images=[image], return_tensors="pt")
+    with UniformPruner(keep_tokens=8)(model) as stats:
+        model.generate(**inputs, max_new_tokens=1)
+    assert stats.tokens_after == [8 + unpadded(24, 60)[2]]  # a newline behind each row
+    settings = tmp_path / "processor_config.json"
+    changed = json.loads(settings.read_text()) | {
+        "processor_class": "LlavaOnevisionProcessor",
+        "video_processor": {"video_processor_type": "LlavaOnevisionVideoProcessor"},
+    }
+    settings.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=r"cannot load model .*Torchvision") as caught:
+        load_model(str(tmp_path), device="cpu")
+    assert "\n" not in str(caught.value)

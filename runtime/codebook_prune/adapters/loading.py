@@ -67,7 +67,7 @@ def load_model(name: str, *, revision: str | None = None, dtype: str = "auto", d
             raise UserError(f"model type '{kind}' is not supported; supported: {', '.join(sorted(known))}")
         processor = AutoProcessor.from_pretrained(place, **source)
         model = AutoModelForImageTextToText.from_pretrained(place, **source, dtype=wanted)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
         reason = str(error).strip().splitlines()[0]
