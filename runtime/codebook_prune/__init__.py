@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from codebook_prune.pruners.random import RandomPruner
     from codebook_prune.pruners.uniform import UniformPruner
     from codebook_prune.pruners.visionzip import VisionZipPruner
+    from codebook_prune.rate_curve import RateCurve
     from codebook_schemas.errors import UserError
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "PoolPruner",
     "PyramidPruner",
     "RandomPruner",
+    "RateCurve",
     "UniformPruner",
     "UserError",
     "VisionZipPruner",
@@ -54,6 +56,7 @@ _HOMES = {
     "FastVPruner": "codebook_prune.pruners.fastv",
     "PoolPruner": "codebook_prune.pruners.pool",
     "PyramidPruner": "codebook_prune.pruners.pyramid",
+    "RateCurve": "codebook_prune.rate_curve",
     "RandomPruner": "codebook_prune.pruners.random",
     "UniformPruner": "codebook_prune.pruners.uniform",
     "VisionZipPruner": "codebook_prune.pruners.visionzip",

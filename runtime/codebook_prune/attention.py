@@ -131,20 +131,26 @@ def last_row(tap: Tap, seen: Tensor, valid: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def mean_of_visible_rows(tap: Tap, seen: Tensor, valid: Tensor) -> Tensor:
-    """[batch, length]: the largest attention over heads, averaged over the valid queries that can see the column.
+def mean_of_visible_rows(tap: Tap, seen: Tensor, valid: Tensor, asking: Tensor) -> Tensor:
+    """[batch, length]: the largest attention over heads, averaged over the queries `asking` that can see the column.
 
-    Arguments as in `last_row`. One key head at a time; memory is batch x length x keys, twice, in float32.
+    Args:
+        tap, seen, valid: as in `last_row`.
+        asking: [batch, length] bool. A column that none of them can see gets 0.
+
+    One head at a time; memory is batch x queries x keys, twice, in float32.
     """
     query, key = _noted(tap)
     length, group = valid.shape[1], query.shape[1] // key.shape[1]
+    queries = asking.any(0).nonzero().squeeze(1)
+    query, asking = query[:, :, queries], asking[:, queries]
     place = torch.arange(key.shape[2], device=key.device)
-    allowed = seen.unsqueeze(1) & (place <= place[-length:, None])
-    largest = query.new_zeros(len(query), length, key.shape[2], dtype=torch.float32)
+    allowed = seen.unsqueeze(1) & (place <= place[-length:][queries, None])
+    largest = query.new_zeros(len(query), len(queries), key.shape[2], dtype=torch.float32)
     for head in range(query.shape[1]):
         one = probabilities(query[:, head : head + 1], key[:, head // group, None], tap.scaling, allowed)
         largest = torch.maximum(largest, one[:, 0])
-    asked = (valid.unsqueeze(2) & allowed)[:, :, -length:]
+    asked = (asking.unsqueeze(2) & allowed)[:, :, -length:]
     total = (largest[:, :, -length:] * asked).sum(1)
     return total / asked.sum(1).clamp(min=1)
 

@@ -17,8 +17,9 @@ class LayerView:
 
     layer: the layer they are about to enter. depth: the decoder's layers. valid: [batch, length] bool, real columns. visual,
     text: [batch, length] bool, what may be dropped of either kind (never newlines between image rows). entered: [batch] long,
-    the count of `visual` in front of layer 0. seen: [batch, cached + length] bool, real columns, with the cache's. tap: queries
-    and keys.
+    the count of `visual` in front of layer 0. number: [batch, length] long, of each text column among its prompt's as they
+    entered, from 0; -1 elsewhere. texts: [batch] long, how many those were. beside: [batch, length] bool, text that entered
+    next to an image. seen: [batch, cached + length] bool, real columns, with the cache's. tap: queries and keys.
     """
 
     layer: int
@@ -27,6 +28,9 @@ class LayerView:
     visual: Tensor
     text: Tensor
     entered: Tensor
+    number: Tensor
+    texts: Tensor
+    beside: Tensor
     seen: Tensor
     tap: Tap
 
@@ -35,10 +39,16 @@ class LayerView:
         """[batch, heads, length] float32: what the last prompt token attends to."""
         return last_row(self.tap, self.seen, self.valid)
 
-    @cached_property
-    def mean_of_visible_rows(self) -> Tensor:
-        """[batch, length] float32: largest attention over heads, mean over the queries that see the column."""
-        return mean_of_visible_rows(self.tap, self.seen, self.valid)
+    def mean_of_visible_rows(self, asking: Tensor) -> Tensor:
+        """[batch, length] float32: largest attention over heads, mean over the queries `asking` [batch, length] that see it."""
+        return mean_of_visible_rows(self.tap, self.seen, self.valid, asking)
+
+    def span(self, start: int, end: int | None) -> Tensor:
+        """[batch, length] bool: the text tokens of a prompt that a slice [start:end] of them, as they entered, holds."""
+        total = self.texts.unsqueeze(1)
+        low = total + start if start < 0 else start
+        high = total if end is None else total + end if end < 0 else end
+        return (self.number >= 0) & (self.number >= low) & (self.number < high)
 
     def first_columns(self) -> Tensor:
         """[batch, length] bool: the first valid column of each row."""

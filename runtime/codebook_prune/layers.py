@@ -88,6 +88,12 @@ class LayerDrops:
         self._closed: Tensor | None = None  # [batch, columns] gaps closed in front of each by compact drops
         self._stages, self._kept = dict(call.stages), list[tuple[int, Tensor]]()
         self._visual, self._image = _candidates(call)
+        text, pictured = call.valid & (self._image < 0), self._image >= 0
+        self._number = text.cumsum(1).sub_(1).masked_fill_(~text, -1)  # of text tokens among themselves
+        self._beside = torch.zeros_like(text)
+        self._beside[:, 1:] |= pictured[:, :-1]
+        self._beside[:, :-1] |= pictured[:, 1:]
+        self._beside &= text
         for number, tap in self.taps.items():
             tap.clear()
             tap.on = call.prompt and number in self._previous
@@ -132,17 +138,19 @@ class LayerDrops:
         self, call: Entered, number: int, planned: list[tuple[LayerPruner, Tap]], hidden: Tensor, kwargs: Arguments
     ) -> Tensor:
         """What is left of the layer's input [batch, alive, d] after its pruners."""
-        visual, image = (x if self._column is None else x.gather(1, self._column) for x in (self._visual, self._image))
-        text, entered = self._valid & (image < 0), self._visual.sum(1)
+        entering = (self._visual, self._image, self._number, self._beside)
+        visual, image, texts, beside = (x if self._column is None else x.gather(1, self._column) for x in entering)
+        text, entered, spoken = self._valid & (image < 0), self._visual.sum(1), self._number.amax(1) + 1
+        texts = texts.masked_fill(~self._valid, -1)
         gone = torch.zeros_like(self._valid)
         closing = [torch.zeros_like(gone)]
         for pruner, tap in planned:
             if tap.number == number:
                 tap.dry_run(hidden, kwargs)
-            seen = self._seen(call, tap)
-            view = LayerView(number, len(self.layers), self._valid, visual & self._valid, text, entered, seen, tap).without(
-                gone
-            )
+            view = LayerView(
+                layer=number, depth=len(self.layers), valid=self._valid, visual=visual & self._valid, text=text,
+                entered=entered, number=texts, texts=spoken, beside=beside, seen=self._seen(call, tap), tap=tap,
+            ).without(gone)  # fmt: skip
             more = self._valid & ~gone & ~pruner.keep(view) & ~last_column(self._valid)
             gone = gone | more
             closing += [more] if pruner.positions == "compact" and self.renumber else []

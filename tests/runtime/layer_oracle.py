@@ -220,14 +220,13 @@ def ranked(moment: Moment, attention: Attention, candidates: list[int], pool: st
     return sorted(candidates, key=lambda i: (-score[i], i))
 
 
-def seen_by_all(moment: Moment, candidates: list[int]) -> list[int]:
-    """Candidates from the most to the least attended by all who see them, the largest over heads each time."""
+def seen_by_all(moment: Moment, candidates: list[int], asking: list[int]) -> list[int]:
+    """Candidates from the most to the least attended by those of `asking` who see them, the largest over heads each time."""
     columns, rows = moment.previous
     score = {}
     for i in candidates:
-        column = columns.index(i)
-        queries = range(column, len(columns))
-        score[i] = sum(max(head[q][column] for head in rows) for q in queries) / len(queries)
+        queries = [columns.index(q) for q in asking if q >= i]
+        score[i] = sum(max(head[q][columns.index(i)] for head in rows) for q in queries) / len(queries)
     return sorted(candidates, key=lambda i: (-score[i], i))
 
 
@@ -252,11 +251,30 @@ def pyramid(layers: tuple[int, ...], ratio: float, rank: str, rounding: str, com
     return Rule(layers, gone, compact)
 
 
-def context(layers: int, p: float, query: str, protect: int) -> Rule:
+def context(
+    layers: int,
+    p: float | Callable[[int], float],
+    query: str,
+    protect: int,
+    spans: tuple[slice, ...] = (),
+    markers: bool = False,
+) -> Rule:
+    """`spans` of the prompt's text stay, and ask with the last token where `query` is "question"."""
+
     def gone(depth: int, moment: Moment) -> set[int]:
-        text = [i for i in moment.alive if moment.visual[i] is False]
-        free = [i for i in text if i != moment.alive[0] and i not in moment.alive[-protect:]]
-        order = ranked(moment, moment.previous, free, "max") if query == "last" else seen_by_all(moment, free)
-        return set(order[max(0, len(free) - math.floor(p * len(text))) :])
+        text = [i for i in moment.alive if not moment.visual[i]]
+        start = moment.alive[0]
+        entered = [i for i in range(start, moment.last + 1) if not moment.visual[i]]
+        stay = {i for span in spans for i in entered[span]} | {start, *moment.alive[-protect:]}
+        if markers:
+            stay |= {i for i in entered if any(start <= j <= moment.last and moment.visual[j] for j in (i - 1, i + 1))}
+        free = [i for i in text if i not in stay]
+        if query == "last":
+            order = ranked(moment, moment.previous, free, "max")
+        else:
+            asking = {i for span in spans for i in entered[span]} | {moment.last}
+            order = seen_by_all(moment, free, sorted(asking) if query == "question" else moment.previous[0])
+        rate = p if isinstance(p, float | int) else p(len(entered))
+        return set(order[max(0, len(free) - math.floor(rate * len(text))) :])
 
     return Rule(tuple(range(1, layers + 1)), gone, compact=False)

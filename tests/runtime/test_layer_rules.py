@@ -16,7 +16,7 @@ from test_layers import DEPTH, HALF, METHODS, MODELS, STEPS, close, each_method,
 from torch import Tensor
 from transformers import StaticCache
 
-from codebook_prune import ContextPruner, FastVPruner, PyramidPruner, UniformPruner, UserError
+from codebook_prune import ContextPruner, FastVPruner, PyramidPruner, RateCurve, UniformPruner, UserError
 from codebook_prune.layer_view import LayerView, highest
 from codebook_prune.pruners.base import LayerPruner
 
@@ -283,7 +283,13 @@ def test_gradients_flow_through_what_is_kept() -> None:
         ("layers must be", lambda: ContextPruner(layers=0)),
         ("protect_last must be", lambda: ContextPruner(protect_last=0)),
         ("p is the fraction", lambda: ContextPruner(p=1.0)),
-        ("query must be", lambda: ContextPruner(query="question")),
+        ("p is the fraction", lambda: ContextPruner(p=True)),
+        ("query must be", lambda: ContextPruner(query="first")),
+        ("needs the question's span", lambda: ContextPruner(query="question")),
+        ("a span is", lambda: ContextPruner(protect=(3, 4))),
+        ("finite coefficients", lambda: RateCurve(0, 0, float("nan"))),
+        ("finite coefficients", lambda: RateCurve(0, 0, 0, cap=1.0)),
+        ("at least three lengths", lambda: RateCurve.fit({100: {0.1: 1, 0.2: 2, 0.3: 3}})),
         ("in front of those inside", lambda: PyramidPruner() | UniformPruner(keep_tokens=4)),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import layer_oracle as by_hand
@@ -10,7 +11,7 @@ import torch
 from conftest import tiny_llava
 from oracle import ProjectionPruner, Prompt, inputs_of, prompt
 
-from codebook_prune import ContextPruner, FastVPruner, PyramidPruner
+from codebook_prune import ContextPruner, FastVPruner, PyramidPruner, RateCurve
 
 STEPS, DEPTH = 4, 6
 BATCHES = {"single": [prompt(1, 1)], "ragged": [prompt(0, 0), prompt(1, 1), prompt(2, 2)]}
@@ -34,6 +35,14 @@ METHODS: dict[str, tuple[Any, list[by_hand.Rule]]] = {
     ),
     "context": (ContextPruner(layers=3, p=0.3), [by_hand.context(3, 0.3, "last", 1)]),
     "context-mean": (ContextPruner(layers=9, p=0.2, query="mean", protect_last=3), [by_hand.context(5, 0.2, "mean", 3)]),
+    "context-question": (
+        ContextPruner(layers=4, p=0.25, query="question", question=(-5, -1), positions="compact"),
+        [dataclasses.replace(by_hand.context(4, 0.25, "question", 1, (slice(-5, -1),)), compact=True)],
+    ),
+    "context-dynamic": (
+        ContextPruner(layers=3, p=RateCurve(1e-3, 0.0, 0.15), protect=((2, 4), (-3, None)), protect_markers=True),
+        [by_hand.context(3, lambda n: 1e-3 * n * n + 0.15, "last", 1, (slice(2, 4), slice(-3, None)), markers=True)],
+    ),
     "pyramid | context": (
         PyramidPruner() | ContextPruner(layers=3),
         [by_hand.pyramid(HALF, 0.5, "code", "code", True), by_hand.context(3, 0.3, "last", 1)],
