@@ -262,12 +262,14 @@ def context(
     """`spans` of the prompt's text stay, and ask with the last token where `query` is "question"."""
 
     def gone(depth: int, moment: Moment) -> set[int]:
-        text = [i for i in moment.alive if not moment.visual[i]]
+        text = [i for i in moment.alive if moment.visual[i] is False]
         start = moment.alive[0]
-        entered = [i for i in range(start, moment.last + 1) if not moment.visual[i]]
+        entered = [i for i in range(start, moment.last + 1) if moment.visual[i] is False]
         stay = {i for span in spans for i in entered[span]} | {start, *moment.alive[-protect:]}
         if markers:
-            stay |= {i for i in entered if any(start <= j <= moment.last and moment.visual[j] for j in (i - 1, i + 1))}
+            stay |= {
+                i for i in entered if any(start <= j <= moment.last and moment.visual[j] is not False for j in (i - 1, i + 1))
+            }
         free = [i for i in text if i not in stay]
         if query == "last":
             order = ranked(moment, moment.previous, free, "max")
