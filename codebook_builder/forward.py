@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from codebook_builder.costs import DecoderCost, behind_attention
+from codebook_builder.runs import Runs, Table
+from codebook_prune.adapters.base import VLMAdapter
 from codebook_schemas import UserError
 
 MEMORY_ERRORS = ("out of memory", "can't allocate memory")
@@ -86,10 +88,10 @@ class ReadOut:
     `memory_splits` how often a batch was halved because memory ran out. Use it inside `last_position_only`.
     """
 
-    def __init__(self, decoder: Any, head: Any, tokens_per_batch: int) -> None:
-        """Take a text decoder (no LM head), its LM head and the budget; a single run may exceed the budget."""
-        self._decoder, self._head, self._budget = decoder, head, tokens_per_batch
-        self._cost = DecoderCost.of(decoder, head, trimmed=True)
+    def __init__(self, adapter: VLMAdapter, head: Any, tokens_per_batch: int) -> None:
+        """Take the adapter of a model, its LM head and the budget; a single run may exceed the budget."""
+        self._adapter, self._decoder, self._head, self._budget = adapter, adapter.decoder, head, tokens_per_batch
+        self._cost = DecoderCost.of(self._decoder, head, trimmed=True)
         self._too_large: set[tuple[int, int, int]] = set()
         self.reset()
 
@@ -98,60 +100,63 @@ class ReadOut:
         self.tokens_computed = self.rows_computed = self.memory_splits = 0
         self.flops = 0.0
 
-    def extend(self, prefix: SharedPrefix | None, length: int, embeddings: Tensor) -> tuple[SharedPrefix, Tensor]:
-        """Run embeddings [1, q, d] behind the first `length` positions of `prefix` (None: from nothing).
+    def extend(self, prefix: SharedPrefix | None, length: int, table: Table, run: Runs) -> tuple[SharedPrefix, Tensor]:
+        """Do one run [1, q] behind the first `length` positions of `prefix` (None: from nothing).
 
         Returns:
             The prefix grown to length + q positions, and the last position's logits [1, V].
         """
-        out = self._decoder(
-            inputs_embeds=embeddings, past_key_values=None if prefix is None else prefix.growing(length), use_cache=True
-        )
-        self._count(length, 1, embeddings.shape[1])
+        out = self._run(table, run.to(table.embeddings.device), None if prefix is None else prefix.growing(length))
+        self._count(length, *run.index.shape)
         return SharedPrefix(out.past_key_values), self._head(out.last_hidden_state[:, -1])
 
-    def logits(self, prefix: SharedPrefix, length: int, table: Tensor, runs: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Last-position logits of runs [m, q], rows of indices into `table` [t, d], behind `length` prefix positions.
+    def logits(self, prefix: SharedPrefix, length: int, table: Table, runs: Runs) -> Iterator[tuple[slice, Tensor]]:
+        """Last-position logits of runs [m, q] over a table, behind `length` prefix positions.
 
         Yields (rows, logits [rows, V]) a batch at a time and in order, so that no more than a batch's logits are ever held.
 
         Raises:
             RuntimeError: memory does not suffice for a single run.
         """
-        rows = max(1, self._budget // runs.shape[1])
+        rows = max(1, self._budget // runs.index.shape[1])
         first = 0
-        for part in runs.to(table.device, non_blocking=True).tensor_split(math.ceil(len(runs) / rows)):
+        for part in runs.to(table.embeddings.device).split(math.ceil(len(runs.index) / rows)):
             yield from self._attempt(prefix, length, table, part, first)
-            first += len(part)
+            first += len(part.index)
 
     def _attempt(
-        self, prefix: SharedPrefix, length: int, table: Tensor, runs: Tensor, first: int
+        self, prefix: SharedPrefix, length: int, table: Table, runs: Runs, first: int
     ) -> Iterator[tuple[slice, Tensor]]:
         # A batch shape that once failed is halved at once the next time, exactly as it was after failing; other shapes are
         # still tried. So how an image is batched, and every bit of its scores, does not depend on the images before it.
-        shape = (length, *runs.shape)
+        shape = (length, *runs.index.shape)
         if shape not in self._too_large:
             try:
                 found = self._forward(prefix, length, table, runs)
             except RuntimeError as error:
-                if len(runs) == 1 or not any(text in str(error).lower() for text in MEMORY_ERRORS):
+                if len(runs.index) == 1 or not any(text in str(error).lower() for text in MEMORY_ERRORS):
                     raise
             else:
-                yield slice(first, first + len(runs)), found
+                yield slice(first, first + len(runs.index)), found
                 return
             self._too_large.add(shape)
             self.memory_splits += 1
-            if table.is_cuda:
+            if table.embeddings.is_cuda:
                 torch.cuda.empty_cache()
-        for half in runs.tensor_split(2):
+        for half in runs.split(2):
             yield from self._attempt(prefix, length, table, half, first)
-            first += len(half)
+            first += len(half.index)
 
-    def _forward(self, prefix: SharedPrefix, length: int, table: Tensor, runs: Tensor) -> Tensor:
-        out = self._decoder(inputs_embeds=table[runs], past_key_values=prefix.rows(length, len(runs)), use_cache=True)
+    def _forward(self, prefix: SharedPrefix, length: int, table: Table, runs: Runs) -> Tensor:
+        out = self._run(table, runs, prefix.rows(length, len(runs.index)))
         logits: Tensor = self._head(out.last_hidden_state[:, -1])
-        self._count(length, *runs.shape)
+        self._count(length, *runs.index.shape)
         return logits
+
+    def _run(self, table: Table, runs: Runs, cache: Any) -> Any:
+        features = None if table.features is None else table.features[runs.index]
+        where = self._adapter.placed(runs.place, features)
+        return self._decoder(inputs_embeds=table.embeddings[runs.index], past_key_values=cache, use_cache=True, **where)
 
     def _count(self, shared: int, rows: int, computed: int) -> None:
         self.rows_computed += rows

@@ -22,7 +22,7 @@ from codebook_builder.costs import Work, measured_peak
 from codebook_builder.divergence import Candidates, top1_probability
 from codebook_builder.forward import ReadOut, SharedPrefix, last_position_only
 from codebook_builder.prompt import SplitPrompt, ablation_embedding, split_prompt
-from codebook_builder.runs import ImageRuns, grids
+from codebook_builder.runs import ImageRuns, Runs, Table, grids, text_runs
 from codebook_builder.sampling import sample_tokens
 from codebook_prune.adapters.loading import adapter_for
 from codebook_schemas import ProbeConfig, UserError
@@ -102,7 +102,7 @@ class OneImage:
 
     chat: SharedPrefix
     length: int
-    table: Tensor
+    table: Table
     whole: tuple[SharedPrefix, Tensor] | None = None
 
 
@@ -133,7 +133,7 @@ class Prober:
         self._embed = model.get_input_embeddings()
         wanted, kind = config.tokens_per_batch, self._embed.weight.device.type
         budget = AUTO_BUDGET.get(kind, AUTO_BUDGET["cpu"]) if wanted == "auto" else wanted
-        self._read = ReadOut(self._adapter.decoder, model.get_output_embeddings(), budget)
+        self._read = ReadOut(self._adapter, model.get_output_embeddings(), budget)
         with torch.inference_mode(), last_position_only(self._adapter.decoder):
             self._ablated = ablation_embedding(model, processor)
             self._chats: dict[tuple[int, ...], SharedPrefix] = {}
@@ -189,7 +189,7 @@ class Prober:
         text = prompt.prefix if len(prompt.prefix) else prompt.suffix[:1]
         key = tuple(text.tolist())
         if key not in self._chats:
-            self._chats[key], _ = self._read.extend(None, 0, self._embedded(text)[None])
+            self._chats[key], _ = self._read.extend(None, 0, Table(self._embedded(text)), text_runs(len(text)))
         return self._chats[key], len(prompt.prefix)
 
     def _embedded(self, ids: Tensor) -> Tensor:
@@ -208,12 +208,15 @@ class Prober:
         token = sample_tokens(self._config, len(flat), key, self._seed, similarity)
         inner = self._embedded(prompt.inner).index_copy(0, place.to(visual.embeddings.device), visual.embeddings)
         table = torch.cat([inner, self._ablated, self._embedded(prompt.suffix)])
-        shared = OneImage(*self._chat(prompt), table)
+        features = visual.layer_features
+        if features is not None:
+            features = features.new_zeros(len(table), *features.shape[1:]).index_copy(0, place.to(features.device), features)
+        shared = OneImage(*self._chat(prompt), Table(table, features))
         scores, start = [], 0
         for grid in cells:
             mine = token[(token >= start) & (token < start + grid.numel())] - start
             if len(mine):
-                runs = ImageRuns(place[grid], len(inner), len(prompt.suffix), self._config.ablation)
+                runs = ImageRuns(place[grid], len(inner), shared.length, len(prompt.suffix), self._config.ablation)
                 scores.append(self._experiments(shared, runs, torch.from_numpy(mine)))
             start += grid.numel()
         single, region, whole = np.concatenate(scores, axis=1)
@@ -255,18 +258,18 @@ class Prober:
             whole[open_] = self._global(image, runs, tokens[torch.from_numpy(open_)])
         return single, region, whole
 
-    def _logits(self, image: OneImage, runs: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def _logits(self, image: OneImage, runs: Runs) -> Iterator[tuple[slice, Tensor]]:
         return self._read.logits(image.chat, image.length, image.table, runs)
 
     def _single(self, image: OneImage, runs: ImageRuns, tokens: Tensor) -> Floats:
-        top1 = torch.empty(len(tokens), device=image.table.device)
+        top1 = torch.empty(len(tokens), device=image.table.embeddings.device)
         for rows, logits in self._logits(image, runs.single(tokens)):
             top1[rows] = top1_probability(logits, self._config.top_k_single)
         return _floats(top1)
 
     def _region(self, image: OneImage, runs: ImageRuns, tokens: Tensor) -> Floats:
         representative, window = runs.distinct_windows(tokens)
-        k, device = self._config.top_k_divergence, image.table.device
+        k, device = self._config.top_k_divergence, image.table.embeddings.device
         answers = self._logits(image, runs.region(representative))
         reference = Candidates.join([Candidates.of(logits, k) for _, logits in answers])
         window = window.to(device, non_blocking=True)
@@ -279,7 +282,7 @@ class Prober:
         """One run of the whole image fills the cache that all ablated runs start from."""
         representative, window = runs.distinct_windows(tokens)
         if image.whole is None:
-            image.whole = self._read.extend(image.chat, image.length, image.table[runs.whole().to(image.table.device)])
+            image.whole = self._read.extend(image.chat, image.length, image.table, runs.whole())
         prefix, answer = image.whole
         reference = Candidates.of(answer, self._config.top_k_divergence)
         moved, member = [], []

@@ -60,23 +60,57 @@ def window_corners(rows: int, columns: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Table:
+    """The vectors runs are made of. embeddings: [t, d]. features: [t, k, d] what is added to each behind the first k decoder
+    layers (`VisualTokens.layer_features`), zeros for text and ablated tokens; None in families without."""
+
+    embeddings: Tensor
+    features: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Sequences of equal length. index: [m, q] long, rows of the table. place: [m, q, 3] long, time, height and width of each
+    position, as M-RoPE numbers text, an image of the cells shown, and text behind it; for families that place tokens so."""
+
+    index: Tensor
+    place: Tensor
+
+    def to(self, device: torch.device) -> Runs:
+        """The runs on another device."""
+        return Runs(self.index.to(device, non_blocking=True), self.place.to(device, non_blocking=True))
+
+    def split(self, parts: int) -> list[Runs]:
+        """So many groups, as equal as can be, in order."""
+        pairs = zip(self.index.tensor_split(parts), self.place.tensor_split(parts), strict=True)
+        return [Runs(*pair) for pair in pairs]
+
+
+def text_runs(length: int) -> Runs:
+    """One run over the first rows of a table, all of them text at the beginning: [1, length]."""
+    index = torch.arange(length)[None]
+    return Runs(index, index.unsqueeze(-1).expand(-1, -1, 3))
+
+
+@dataclass(frozen=True)
 class GlobalGroup:
     """Global runs that share everything before their first ablated token.
 
-    member: indices into the list of distinct windows. start: visual tokens taken from the shared prefix. runs: [g, length].
+    member: indices into the list of distinct windows. start: visual tokens taken from the shared prefix. runs: of g windows.
     """
 
     member: Tensor
     start: int
-    runs: Tensor
+    runs: Runs
 
 
 class ImageRuns:
-    """The runs of one grid of an image. `tokens` are raster indices of its cells [m] long; results are table indices."""
+    """The runs of one grid of an image. `tokens` are raster indices of its cells [m] long."""
 
-    def __init__(self, cells: Tensor, count: int, suffix: int, ablation: Literal["replace", "drop"]) -> None:
-        """Lay out a grid `cells` [rows, columns], table indices, of an image of `count` embeddings before `suffix` text tokens.
+    def __init__(self, cells: Tensor, count: int, before: int, suffix: int, ablation: Literal["replace", "drop"]) -> None:
+        """Lay out a grid `cells` [rows, columns], table indices, of an image of `count` embeddings.
 
+        It stands behind `before` text tokens, which are in the shared prefix, and in front of `suffix` others.
         What lies outside of the grid (separators, other grids, text between tiles) is seen by global runs only.
         """
         self._flat, self._count, self._ablation = cells.flatten(), count, ablation
@@ -88,21 +122,35 @@ class ImageRuns:
         across = (corners[:, :1] + down.flatten()) * columns + corners[:, 1:] + right.flatten()
         self._windows = self._flat[across]
         self._corner_row = corners[:, 0]
-        self._suffix = torch.arange(count + 1, count + 1 + suffix)
+        self._window = torch.stack([down.flatten(), right.flatten()], 1)
+        self._cell = torch.zeros(count, 2, dtype=torch.long)
+        self._cell[self._flat] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2)
+        self._before, self._suffix = before, torch.arange(count + 1, count + 1 + suffix)
 
-    def _finish(self, visual: Tensor) -> Tensor:
-        return torch.cat([visual, self._suffix.expand(len(visual), -1)], dim=1)
+    def _finish(self, visual: Tensor, cell: Tensor, gone: Tensor | None = None) -> Runs:
+        """Rows [m, q] of the image with the suffix behind them.
 
-    def _ablate(self, visual: Tensor, gone: Tensor) -> Tensor:
-        """Rows [m, q] without the tokens `gone` [m, g]: [m, q] with the ablation embedding there, or [m, q - g]."""
-        hit = (visual[:, :, None] == gone[:, None, :]).any(-1)
-        if self._ablation == "replace":
-            return visual.masked_fill(hit, self._count)
-        return visual[~hit].view(len(visual), visual.shape[1] - gone.shape[1])
+        Args:
+            visual: [m, q] table indices.
+            cell: [m or 1, q, 2], row and column of each in the grid that is shown.
+            gone: [m, g] table indices to ablate: the ablation embedding in their place, or rows of q - g.
+        """
+        side = int(cell.max()) + 1
+        place = torch.cat([torch.zeros_like(cell[..., :1]), cell], -1).expand(len(visual), -1, -1)
+        if gone is not None:
+            hit = (visual[:, :, None] == gone[:, None, :]).any(-1)
+            if self._ablation == "replace":
+                visual = visual.masked_fill(hit, self._count)
+            else:
+                left = (len(visual), visual.shape[1] - gone.shape[1])
+                visual, place = visual[~hit].view(left), place[~hit].view(*left, 3)
+        behind = torch.arange(side, side + len(self._suffix))[:, None].expand(len(visual), -1, 3)
+        index = torch.cat([visual, self._suffix.expand(len(visual), -1)], dim=1)
+        return Runs(index, torch.cat([place, behind], 1) + self._before)
 
-    def single(self, tokens: Tensor) -> Tensor:
+    def single(self, tokens: Tensor) -> Runs:
         """One visual token alone: [m, 1 + s]."""
-        return self._finish(self._flat[tokens][:, None])
+        return self._finish(self._flat[tokens][:, None], torch.zeros(1, 1, 2, dtype=torch.long))
 
     def distinct_windows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens at a border share their window with a neighbour: (one representative per window, index into it per token)."""
@@ -111,17 +159,17 @@ class ImageRuns:
         representative[inverse] = tokens
         return representative, inverse
 
-    def region(self, tokens: Tensor) -> Tensor:
+    def region(self, tokens: Tensor) -> Runs:
         """The window around each token, raster order: [m, 9 + s]."""
-        return self._finish(self._windows[tokens])
+        return self._finish(self._windows[tokens], self._window[None])
 
-    def region_ablated(self, tokens: Tensor) -> Tensor:
+    def region_ablated(self, tokens: Tensor) -> Runs:
         """The same with the token itself ablated: [m, 9 + s] or [m, 8 + s]."""
-        return self._finish(self._ablate(self._windows[tokens], self._flat[tokens][:, None]))
+        return self._finish(self._windows[tokens], self._window[None], self._flat[tokens][:, None])
 
-    def whole(self) -> Tensor:
+    def whole(self) -> Runs:
         """The full image: [1, n + s]."""
-        return self._finish(torch.arange(self._count)[None])
+        return self._finish(torch.arange(self._count)[None], self._cell[None])
 
     def global_ablated(self, tokens: Tensor) -> Iterator[GlobalGroup]:
         """The full image with each token's window ablated, grouped by the grid row the window starts in.
@@ -134,4 +182,4 @@ class ImageRuns:
             gone = self._windows[tokens[member]]
             start = int(gone.min())
             visual = torch.arange(start, self._count).expand(len(member), -1)
-            yield GlobalGroup(member, start, self._finish(self._ablate(visual, gone)))
+            yield GlobalGroup(member, start, self._finish(visual, self._cell[None, start:], gone))

@@ -55,8 +55,8 @@ class VisualTokens:
     item's grids each token lies in: the frame of a video, the crop or tile of an image, of which the last covers all of it
     (separators count with the grid they stand behind); None where every item has one grid. text: [t, d] input embeddings of the
     text tokens in ONE item's prompt, for pruners that ask for them (`Pruner.sees_text`), else None. encoder: of ONE item,
-    likewise (`Pruner.sees_encoder`).
-    is_video: of ONE item, whether its frames follow each other in time.
+    likewise (`Pruner.sees_encoder`). is_video: of ONE item, whether its frames follow each other in time. layer_features:
+    [n, k, d], what is added to each token behind the first k decoder layers (DeepStack), of `encode` only; None without such.
     """
 
     embeddings: Tensor
@@ -67,13 +67,15 @@ class VisualTokens:
     text: Tensor | None = None
     encoder: EncoderView | None = None
     is_video: bool = False
+    layer_features: Tensor | None = None
 
     def only(self, chosen: Tensor) -> VisualTokens:
         """The tokens where `chosen` [n] bool is True."""
-        cls, frame = (None if x is None else x[chosen] for x in (self.cls_similarity, self.frame))
+        some = (self.cls_similarity, self.frame, self.layer_features)
+        cls, frame, features = (None if x is None else x[chosen] for x in some)
         seen = None if self.encoder is None else self.encoder.only(chosen)
         part = replace(self, embeddings=self.embeddings[chosen], image=self.image[chosen], position=self.position[chosen])
-        return replace(part, cls_similarity=cls, frame=frame, encoder=seen)
+        return replace(part, cls_similarity=cls, frame=frame, encoder=seen, layer_features=features)
 
     def with_embeddings(self, chosen: Tensor, embeddings: Tensor) -> VisualTokens:
         """These tokens, where `chosen` [n] bool is True with other `embeddings` [chosen, d]."""
@@ -238,12 +240,28 @@ class VLMAdapter(ABC):
         entering = entering_tokens(self, {**inputs, "mm_encoder_outputs": {"image": out}}, embeddings)
         places = self.layout(entering).to(embeddings.device)
         frame = places[:, 1] if bool(places[:, 1].any()) else None
-        return VisualTokens(embeddings, places[:, 0], places[:, 2:], self.cls_similarity(out, inputs), frame)
+        cls, features = self.cls_similarity(out, inputs), self.layer_features(out)
+        return VisualTokens(embeddings, places[:, 0], places[:, 2:], cls, frame, layer_features=features)
 
     def cls_similarity(self, out: Any, inputs: Mapping[str, Any]) -> Tensor | None:
         """`VisualTokens.cls_similarity` of `encode`, from what `get_image_features` returned; None: there is no [CLS]."""
         del out, inputs
         return None
+
+    def layer_features(self, out: Any) -> Tensor | None:
+        """`VisualTokens.layer_features` of `encode`, from what `get_image_features` returned; None: there are none."""
+        del out
+        return None
+
+    def placed(self, place: Tensor, features: Tensor | None) -> dict[str, Any]:
+        """Decoder arguments that put tokens where the family would put them; default: none, positions are counted.
+
+        Args:
+            place: [batch, length, 3] long, time, height and width of every token.
+            features: [batch, length, k, d], `VisualTokens.layer_features`, zeros for text; None where the family has none.
+        """
+        del place, features
+        return {}
 
     @property
     def encoder(self) -> Encoder | None:

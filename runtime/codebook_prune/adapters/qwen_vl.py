@@ -67,6 +67,19 @@ class QwenVLAdapter(VLMAdapter):
             raise UserError(NOT_WHOLE)
         return grids
 
+    def layer_features(self, out: Any) -> Tensor | None:
+        """See `VLMAdapter.layer_features`: those of DeepStack."""
+        features = getattr(out, "deepstack_features", None)
+        return None if features is None else torch.stack([torch.cat(list(images)) for images in features], 1)
+
+    def placed(self, place: Tensor, features: Tensor | None) -> dict[str, Any]:
+        """See `VLMAdapter.placed`: M-RoPE positions, and DeepStack features for every token."""
+        arguments: dict[str, Any] = {"position_ids": place.permute(2, 0, 1)}
+        if features is not None:
+            arguments["visual_pos_masks"] = torch.ones(place.shape[:2], dtype=torch.bool, device=place.device)
+            arguments["deepstack_visual_embeds"] = list(features.flatten(0, 1).unbind(1))
+        return arguments
+
     def shortened(self, arguments: Mapping[str, Any], keep: Tensor, index: Tensor, valid: Tensor) -> dict[str, Any]:
         """See `VLMAdapter.shortened`: the DeepStack features, and where they go."""
         visual = arguments.get("visual_pos_masks")
