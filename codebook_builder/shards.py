@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
+from codebook_prune.images import to_rgb
 from codebook_schemas import UserError
+from codebook_schemas.errors import one_line
 from codebook_schemas.files import CHUNK
 from codebook_schemas.inputs import InputManifest, ShardEntry
 
@@ -29,6 +31,8 @@ MAX_PIXELS = 64_000_000
 MAX_SAMPLES = 1_000_000
 MAX_MEMBERS = 8 * MAX_SAMPLES
 MAX_KEY = 1024
+DAMAGE = (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError)
+"""What tarfile raises on headers that are not what they should be."""
 
 
 @dataclass
@@ -42,7 +46,7 @@ class _Sample:
 
     def add(self, member: tarfile.TarInfo, extension: str) -> None:
         if not member.isfile() or member.issparse():
-            self.problem = f"{member.name} is a link or another special file"
+            self.problem = "is a link or another special file"
         elif extension in self.names:
             self.problem = f"has two members .{extension}"
         self.names.append(extension)
@@ -75,8 +79,10 @@ def _members(archive: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
     while True:
         try:
             member = archive.next()
-        except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
-            raise UserError(f"shard {path} is damaged near byte {archive.offset}: {error}; fetch or write it again") from None
+        except DAMAGE as error:
+            raise UserError(
+                f"shard {path} is damaged near byte {archive.offset}: {one_line(error)}; fetch or write it again"
+            ) from None
         if member is None:
             return
         if member.size < 0 or not last < member.offset < archive.offset:
@@ -102,8 +108,8 @@ def _samples(handle: IO[bytes], path: Path) -> Iterator[_Sample]:
     """Groups of consecutive members with one key; the archive's end is checked after the last."""
     try:
         archive = tarfile.open(fileobj=handle, mode="r:")  # noqa: SIM115 - the handle is the caller's
-    except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not an uncompressed tar shard: {error}") from None
+    except DAMAGE as error:
+        raise UserError(f"{path} is not an uncompressed tar shard: {one_line(error)}") from None
     current: _Sample | None = None
     for number, member in enumerate(_members(archive, path)):
         if number >= MAX_MEMBERS:
@@ -149,19 +155,23 @@ def printable(key: str) -> str:
 
 
 def decode(data: bytes, kind: str) -> Image.Image | str:
-    """An RGB image from JPEG, PNG or WebP bytes, or the reason why not; the size is checked before pixels are decoded."""
+    """An upright RGB image from JPEG, PNG or WebP bytes, as `open_image` gives it, or the reason why not.
+
+    The size is checked before pixels are decoded; of an animation, the first frame.
+    """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # Pillow's own, about large images: the limit here is lower
             with Image.open(io.BytesIO(data), formats=[kind]) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     return f"image has {width} x {height} pixels, the limit is {MAX_PIXELS}"
-                return image.convert("RGB")
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+                image.load()
+                return to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError:
         return f"image has more pixels than the limit of {MAX_PIXELS}"
     except Exception as error:  # Pillow's decoders raise anything on damaged input
-        return f"cannot decode {kind}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return one_line(f"cannot decode {kind}: {type(error).__name__}: {error}")
 
 
 def _opened(path: Path) -> IO[bytes]:
