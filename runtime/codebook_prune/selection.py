@@ -50,7 +50,7 @@ def entering_images(
     if not len(entering.ids):
         return None
     places = adapter.layout(entering)
-    lengths: list[int] = torch.unique_consecutive(places[:, 0], return_counts=True)[1].tolist()
+    lengths: list[int] = places[:, 0].bincount().tolist()
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     frames, positions = torch.split(places[:, 1], lengths), torch.split(places[:, 2:], lengths)
     parts = zip(*(torch.split(x, lengths) for x in (entering.embeddings, places.to(embeds.device))), strict=True)

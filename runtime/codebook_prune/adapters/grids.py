@@ -6,6 +6,7 @@ A layout is [n, 4] long on the CPU, the columns (item, frame, row, column) of `V
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from codebook_schemas import UserError
 CLIP = "clip_vision_model"
 
 
+@lru_cache(maxsize=64)
 def raster(rows: int, columns: int) -> Tensor:
-    """(row, column) of every cell of a grid in raster order: [rows * columns, 2]."""
+    """(row, column) of every cell of a grid in raster order: [rows * columns, 2]. Shared: not to be written to."""
     return torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2)
 
 
