@@ -7,6 +7,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -167,7 +168,7 @@ class VLMAdapter(ABC):
         """Dimension d of the visual tokens that enter the decoder."""
         return int(self.config.get_text_config().hidden_size)
 
-    @property
+    @cached_property
     def visual_token_ids(self) -> tuple[int, ...]:
         """Ids of the placeholders that are replaced by visual embeddings: of images, then of videos."""
         names = ("image_token_id", "video_token_id")

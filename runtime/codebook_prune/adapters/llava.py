@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -34,8 +35,12 @@ class LlavaAdapter(VLMAdapter):
 
     def image_layout(self, entering: EnteringTokens) -> Tensor:
         """See `VLMAdapter.image_layout`: every image is the vision tower's whole square, in raster order."""
+        return repeated(self._square, len(entering.ids))
+
+    @cached_property
+    def _square(self) -> Tensor:
         strategy = getattr(self.config, "vision_feature_select_strategy", "default")
-        return repeated(tower_square(self.config, with_cls=strategy == "full"), len(entering.ids))
+        return tower_square(self.config, with_cls=strategy == "full")
 
     def cls_similarity(self, out: Any, inputs: Mapping[str, Any]) -> Tensor | None:
         """See `VLMAdapter.cls_similarity`; 1 for a [CLS] that enters itself."""

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -75,7 +76,7 @@ class Pruner:
             raise UserError(f"{type(self).__name__} has no score to put a threshold on: give keep_tokens or keep_ratio")
         _check_positions(self.positions)
 
-    @property
+    @cached_property
     def budget(self) -> Budget:
         """The four budget fields, checked."""
         return Budget(
