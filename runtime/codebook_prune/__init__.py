@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from codebook_prune.pruners.uniform import UniformPruner
     from codebook_prune.pruners.visionzip import VisionZipPruner
     from codebook_prune.rate_curve import RateCurve
+    from codebook_prune.spec import parse_pruner
     from codebook_schemas.errors import UserError
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "UserError",
     "VisionZipPruner",
     "load_model",
+    "parse_pruner",
 ]
 
 _HOMES = {
@@ -62,6 +64,7 @@ _HOMES = {
     "VisionZipPruner": "codebook_prune.pruners.visionzip",
     "UserError": "codebook_schemas.errors",
     "load_model": "codebook_prune.adapters.loading",
+    "parse_pruner": "codebook_prune.spec",
 }
 
 

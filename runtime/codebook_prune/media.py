@@ -35,10 +35,15 @@ def open_media(file: Path, sampling: Sampling | None) -> Media:
     """A video's frames as `sampling` says, or an image where there is none.
 
     Raises:
-        UserError: as `read_frames` and `open_image`.
+        UserError: as `read_frames` and `open_image`; or the name says that it is the other kind.
     """
+    suffix = file.suffix.lower() if file.is_file() else ""
     if sampling is None:
+        if suffix in VIDEOS:
+            raise UserError(f"{file} is a video: use codebook-prune video")
         return Media(file, [open_image(file)])
+    if suffix in IMAGES and suffix != ".gif":  # which is both
+        raise UserError(f"{file} is an image: use codebook-prune image")
     frames, seconds = read_frames(file, sampling)
     return Media(file, frames, tuple(seconds))
 

@@ -21,9 +21,10 @@ from codebook_prune import (
     RandomPruner,
     UniformPruner,
     UserError,
+    parse_pruner,
 )
 from codebook_prune.pruners.base import PrunerChain
-from codebook_prune.spec import PrunerSpec, parse_pruner
+from codebook_prune.spec import PrunerSpec
 
 
 @pytest.fixture(scope="module")

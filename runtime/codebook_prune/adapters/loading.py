@@ -48,7 +48,7 @@ def load_model(name: str, *, revision: str | None = None, dtype: str = "auto", d
         device: torch device; default: cuda if there is one.
 
     Raises:
-        UserError: nothing loadable at that place, or an unsupported model type.
+        UserError: nothing loadable at that place, an unsupported model type, or a library that its processor needs is missing.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     wanted: Any = (torch.float32 if device == "cpu" else "auto") if dtype == "auto" else getattr(torch, dtype)
