@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := codebook_builder runtime schemas reference_vlm jobs benchmarks tests
 
-.PHONY: help demo test lint types bench reference clean
+.PHONY: help demo test lint types bench fault reference clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -37,6 +37,9 @@ bench: $(STAMP)  ## run the benchmarks and write benchmarks/results/*.json
 
 reference: $(STAMP)  ## train the reference VLM from scratch (hours on 2 cores; resumes)
 	$(BIN)/python -m reference_vlm.train --out runs/reference
+
+fault: $(STAMP)  ## inject faults into builds on a real local Ray cluster of two nodes (30 trials; long)
+	$(BIN)/python -m benchmarks.reliability faults
 
 clean:  ## remove the environment, caches and demo output
 	rm -rf $(VENV) demo .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

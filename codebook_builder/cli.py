@@ -203,22 +203,43 @@ def verify(codebook: Folder, as_json: Json = False) -> None:
 
 
 @app.command()
+def doctor(
+    output: Annotated[Path, typer.Option(help="Where a codebook shall go: its disk is looked at.")] = Path("."),
+    as_json: Json = False,
+) -> None:
+    """Report versions, FAISS, GPUs, Ray's protection, listeners and room, and what is wrong in one line each (exit code 1)."""
+    from codebook_builder.doctor import examine
+
+    findings = examine(output)
+    problems = [f.problem for f in findings if f.problem]
+    lines: dict[str, list[str]] = {}
+    for finding in findings:
+        lines.setdefault(finding.name, []).append(finding.value)
+    report: dict[str, Any] = {name: "; ".join(values) for name, values in lines.items()}
+    _print(report | ({"problems": problems} if as_json else {}), as_json)
+    for problem in problems:
+        print(f"problem: {problem}", file=sys.stderr)
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
 def gc(
     folder: Annotated[Path, typer.Argument(help="Run folder: <output>.run")],
     grace_hours: Annotated[float, typer.Option(min=0, help="Keep files younger than this.")] = 24.0,
     as_json: Json = False,
 ) -> None:
-    """Delete parts that no marker names."""
-    from codebook_builder.commit import collect_garbage
+    """Delete parts that no marker names, and what killed processes left half-written."""
+    from codebook_builder.run import RunFolder
 
     if not (folder / "input.json").is_file():
         raise UserError(f"{folder} is not a run folder: it has no input.json")
-    deleted = [p for name in ("parts", "calibration") for p in collect_garbage(folder / name, grace_hours * 3600)]
+    deleted = RunFolder(folder.expanduser().absolute()).collect_garbage(grace_hours * 3600)
     _print({"folder": str(folder), "deleted": len(deleted)}, as_json)
 
 
 def main() -> None:
-    """Entry point: exit code 0, 1 (shards quarantined), 2 (bad input) or 130 (interrupted)."""
+    """Entry point: exit code 0, 1 (shards quarantined, problems found), 2 (bad input) or 130 (interrupted)."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -243,8 +264,9 @@ def fail(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
         print("interrupted: run the same command again to resume", file=sys.stderr)
         return INTERRUPTED
-    if isinstance(error, OSError) and error.filename:  # a file or folder that cannot be read or written
-        print(f"error: {error.filename2 or error.filename}: {error.strerror}", file=sys.stderr)
+    if isinstance(error, OSError) and error.strerror:  # a file or folder that cannot be read or written, a full disk
+        place = error.filename2 or error.filename or "a file could not be read or written"
+        print(f"error: {place}: {error.strerror}", file=sys.stderr)
         return 2
     from codebook_builder.build import QuarantinedError
 

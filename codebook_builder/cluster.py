@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import secrets
+import signal
 import socket
 import sys
 import time
@@ -21,6 +22,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
 from typing import Any
 
 import codebook_builder
@@ -31,6 +33,7 @@ from codebook_schemas import ClusterConfig, UserError
 
 PACKAGES = (codebook_builder, codebook_prune, codebook_schemas)
 CONNECT_SECONDS = 10
+SECONDS_BETWEEN_LOOKS = 0.2
 FREE_DEATHS = 20
 """How often a shard may be lost to a machine that went away before that counts as its own failure."""
 
@@ -49,8 +52,25 @@ def code_hash() -> str:
     return digest.hexdigest()[:16]
 
 
+def die_above(bytes_resident: float) -> None:
+    """Watch this process from a thread, and kill it when it holds more memory than that (for workers, whose driver retries)."""
+    page = os.sysconf("SC_PAGE_SIZE")
+
+    def watch() -> None:
+        while True:
+            if int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * page > bytes_resident:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    Thread(target=watch, name="memory limit", daemon=True).start()
+
+
 class ShardActor:
     """One worker process; `process_shard` keeps the model in it between calls."""
+
+    def __init__(self, memory_gb: float = 0.0) -> None:
+        if memory_gb:
+            die_above(memory_gb * 2**30)
 
     def ready(self) -> tuple[str, str]:
         """(node id, hash of the code this worker runs)."""
@@ -170,12 +190,17 @@ def check_placement(config: ClusterConfig) -> None:
 
 @dataclass
 class _Worker:
-    """An actor, its node once it is ready, and what it holds, oldest first (it works in that order)."""
+    """An actor, its node once it is ready, and what it holds, oldest first (it works in that order).
+
+    `since` is when it began with the oldest (`time.monotonic`); `late`: it was killed for taking too long.
+    """
 
     actor: Any
     starting: Any
     node: str | None = None
     held: dict[Any, ShardTask] = field(default_factory=dict)
+    since: float = 0.0
+    late: bool = False
 
 
 class _Loop:
@@ -195,7 +220,7 @@ class _Loop:
         self.workers = [self._start() for _ in range(min(config.workers, len(tasks)))]
 
     def _start(self) -> _Worker:
-        actor = self.remote.remote()
+        actor = self.remote.remote(self.config.worker_memory_gb)
         return _Worker(actor, actor.ready.remote())
 
     def outcomes(self) -> Iterator[Outcome]:
@@ -206,7 +231,10 @@ class _Loop:
             while self.queue or any(worker.held for worker in self.workers):
                 self._hand_out()
                 waiting = [ref for w in self.workers for ref in (w.held if w.node else [w.starting])]
-                ready, _ = ray.wait(waiting, num_returns=1)
+                ready, _ = ray.wait(waiting, num_returns=1, timeout=self._patience())
+                if not ready:
+                    self._kill_late()
+                    continue
                 worker = next(w for w in self.workers if ready[0] == w.starting or ready[0] in w.held)
                 if worker.node is None:
                     self._greet(worker)
@@ -222,7 +250,26 @@ class _Loop:
             for worker in self.workers:
                 if self.queue and worker.node and len(worker.held) < places:
                     task = self.queue.popleft()
+                    if not worker.held:
+                        worker.since = time.monotonic()
                     worker.held[worker.actor.process.remote(task)] = task
+
+    def _patience(self) -> float | None:
+        """Seconds until the next shard is over its time; None: none can be."""
+        running = [worker.since for worker in self.workers if worker.held and not worker.late]
+        if not self.config.shard_seconds or not running:
+            return None
+        return max(0.0, min(running) + self.config.shard_seconds - time.monotonic())
+
+    def _kill_late(self) -> None:
+        """Kill actors whose oldest shard is over its time; `_collect` then finds them dead."""
+        import ray
+
+        limit = time.monotonic() - self.config.shard_seconds
+        for worker in self.workers:
+            if worker.held and not worker.late and worker.since <= limit:
+                worker.late = True
+                ray.kill(worker.actor)
 
     def _greet(self, worker: _Worker) -> None:
         import ray
@@ -246,17 +293,23 @@ class _Loop:
         except UserError as error:  # as raised in the worker, without Ray's traceback
             raise UserError(str(getattr(error, "cause", error))) from None
         except ray.exceptions.RayTaskError:
+            worker.since = time.monotonic()
             yield from self._again(worker.held.pop(ref), traceback.format_exc())
         except ray.exceptions.RayError:
             yield from self._bury(worker, traceback.format_exc())
         else:
             del worker.held[ref]
+            worker.since = time.monotonic()
             yield result
 
     def _bury(self, worker: _Worker, error: str) -> Iterator[Outcome]:
         """An actor died: its oldest shard was running and is blamed, unless the machine went away; the rest just wait again."""
         import ray
 
+        if worker.late:
+            error = f"the shard took more than {self.config.shard_seconds:g} seconds (cluster.shard_seconds)"
+        elif self.config.worker_memory_gb:
+            error += f"\nthe worker died; cluster.worker_memory_gb is {self.config.worker_memory_gb:g}\n"
         lost, *rest = worker.held.values()
         self.queue.extendleft(reversed(rest))
         self._replace(worker)

@@ -7,9 +7,11 @@ committed exactly once whatever is killed, retried or run twice.
 from __future__ import annotations
 
 import os
+import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -83,16 +85,23 @@ class PartWriter:
         self.rows += table.num_rows
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Finish and fsync the file, or delete it."""
-        self._writer.close()
-        if kind is None:
+        """Finish and fsync the file, or delete it: also when it cannot be finished, as on a full disk."""
+        finished = False
+        try:
+            self._writer.close()
             self._handle.flush()
             os.fsync(self._handle.fileno())
-        self._handle.close()
-        if kind is None:
+            self._handle.close()
             sync_folder(self.path.parent)
-        else:
-            self.path.unlink(missing_ok=True)
+            finished = kind is None
+        except OSError:
+            if kind is None:
+                raise
+        finally:
+            if not finished:
+                with suppress(OSError):
+                    self._handle.close()
+                self.path.unlink(missing_ok=True)
 
 
 def marker_path(folder: Path, shard: str) -> Path:
@@ -196,10 +205,17 @@ def collect_garbage(folder: Path, grace_seconds: float = GRACE_SECONDS) -> list[
         marker = read_marker(folder, path.stem)
         if marker is not None:
             used.add(marker.file)
-    limit = time.time() - grace_seconds
     candidates = [p for p in folder.glob("part-*.parquet") if p.name not in used]
-    candidates += [*folder.glob(".*.tmp"), *(folder / DONE).glob(".*.tmp")]
-    deleted = [p for p in sorted(candidates) if p.stat().st_mtime <= limit]
+    return delete_old([*candidates, *folder.glob(".*.tmp"), *(folder / DONE).glob(".*.tmp")], grace_seconds)
+
+
+def delete_old(candidates: Iterable[Path], grace_seconds: float) -> list[Path]:
+    """Delete those files and folders that were last changed longer ago than the grace time; returns them."""
+    limit = time.time() - grace_seconds
+    deleted = [p for p in sorted(candidates) if p.exists() and p.stat().st_mtime <= limit]
     for path in deleted:
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
     return deleted

@@ -71,3 +71,14 @@ def kmeans(points: Floats, clusters: int, seed: int, rows: int = 65_536) -> tupl
         _, nearest = faiss.knn(block, centroids, 1)
         assignment[start : start + len(block)] = nearest[:, 0]
     return centroids, assignment
+
+
+def build_options() -> tuple[str, int]:
+    """(version and compile options of the installed FAISS, GPUs it can use).
+
+    Raises:
+        UserError: faiss is not installed.
+    """
+    faiss = import_faiss()
+    gpus = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
+    return f"{faiss.__version__} {faiss.get_compile_options().strip()}", gpus

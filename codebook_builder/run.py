@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from codebook_builder.commit import Encoder, Marker, committed, read_part, verify_part
+from codebook_builder.commit import Encoder, Marker, collect_garbage, committed, delete_old, read_part, verify_part
 from codebook_builder.select import influence
 from codebook_builder.shards import expand, scan
 from codebook_schemas import BuildConfig, Quantile, ThresholdConfig, UserError
@@ -80,6 +81,14 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         found.write(stored)
         return found
+
+    def collect_garbage(self, grace_seconds: float) -> list[Path]:
+        """Delete what killed processes left behind, if older than the grace time: parts that no marker names, temporary files,
+        and unfinished codebooks beside the output. Returns what was deleted.
+        """
+        deleted = [p for folder in (self.parts, self.calibration) for p in collect_garbage(folder, grace_seconds)]
+        unfinished = self.path.parent.glob(f".{escape(self.path.name.removesuffix('.run'))}.*.tmp")
+        return deleted + delete_old([*self.path.glob(".*.tmp"), *self.quarantine.glob(".*.tmp"), *unfinished], grace_seconds)
 
     @property
     def has_scores(self) -> bool:

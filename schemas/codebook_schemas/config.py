@@ -75,7 +75,11 @@ class SelectionConfig(Strict):
 
 
 class ClusterConfig(Strict):
-    """Where the work runs. Nothing here changes a result, so nothing here is hashed."""
+    """Where the work runs. Nothing here changes a result, so nothing here is hashed.
+
+    A Ray worker that takes more than `shard_seconds` for a shard, or holds more than `worker_memory_gb` (resident, 2**30 bytes
+    each), is killed: a failed attempt of that shard. 0: no limit. The first shard's time includes loading the model.
+    """
 
     workers: int = Field(1, ge=1)
     cpus_per_worker: float = Field(1.0, gt=0)
@@ -83,6 +87,8 @@ class ClusterConfig(Strict):
     threads_per_worker: int = Field(1, ge=1)
     in_flight: int = Field(2, ge=1, le=8)
     attempts: int = Field(3, ge=1)
+    shard_seconds: float = Field(0.0, ge=0)
+    worker_memory_gb: float = Field(0.0, ge=0)
     max_bad_fraction: float = Field(0.05, ge=0, le=1)
     wait_for_nodes: float = Field(0.0, ge=0, description="Seconds an autoscaling cluster may take to add a node that fits")
 

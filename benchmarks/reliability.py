@@ -1,0 +1,73 @@
+"""Hostile codebooks, injected faults and a long run: `python -m benchmarks.reliability hostile|faults|soak --count N`.
+
+Each part replaces its own rows of results/reliability.json and leaves the others as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.report import RESULTS, Row, envelope, publish
+
+
+def hostile(count: int, seed: int) -> list[Row]:
+    """Damaged and forged codebooks; `seed` is the first copy's number."""
+    from benchmarks.hostile import attempts, summary
+
+    found = summary(list(attempts(count, seed)))
+    return [{"trials": found.pop("copies"), **found}]
+
+
+def faults(count: int, seed: int) -> list[Row]:
+    """Trials on a cluster of two nodes, a row each."""
+    from benchmarks.faults import trials
+
+    rows = []
+    for row in trials(count, seed):
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        rows.append(row)
+    return rows
+
+
+def soak(count: int, seed: int) -> list[Row]:
+    """Prune calls in one process."""
+    from benchmarks.soak import soak as run
+
+    return [run(count, seed)]
+
+
+PARTS: dict[str, tuple[Callable[[int, int], list[Row]], int]] = {
+    "hostile": (hostile, 2100), "faults": (faults, 30), "soak": (soak, 10_000),
+}  # fmt: skip
+
+
+def problems(row: Row) -> bool:
+    """Whether a row says that something went wrong."""
+    return any(row.get(name) for name in ("findings", "problem", "not finite", "hooks left"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--count", type=int, help="trials; default: 2100 copies, 30 faults, 10000 calls")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    run, count = PARTS[given.part]
+    origin: dict[str, Any] = envelope([], given.seed)
+    rows = run(given.count or count, given.seed)
+    mine = [{"part": given.part, **row, "commit": origin["commit"], "command": origin["command"]} for row in rows]
+    path = RESULTS / "reliability.json"
+    others = [r for r in json.loads(path.read_text())["rows"] if r["part"] != given.part] if path.exists() else []
+    publish("reliability", [*others, *mine], given.seed, out=path)
+    sys.exit(any(problems(row) for row in mine))
+
+
+if __name__ == "__main__":
+    main()

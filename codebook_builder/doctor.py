@@ -1,0 +1,134 @@
+"""What `codebook-build doctor` looks at: versions, FAISS, GPUs, Ray's protection and listeners, room on disk and in memory.
+
+Linux only where it reads /proc; elsewhere those lines are left out.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from codebook_schemas import UserError
+
+PACKAGES = ("codebook-prune", "torch", "transformers", "ray", "faiss-cpu", "faiss-gpu", "pyarrow", "webdataset", "numpy")
+LEAST_DISK_GB, LEAST_MEMORY_GB, LEAST_FILES = 2.0, 4.0, 4096
+LISTENING = "0A"
+LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")
+"""127.0.0.1, ::1 and ::ffff:127.0.0.1 as /proc/net writes them."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, what is so, and what is wrong with it (None: nothing)."""
+
+    name: str
+    value: str
+    problem: str | None = None
+
+
+def examine(folder: Path) -> list[Finding]:
+    """Everything that `doctor` reports; `folder` is where output shall go. Starts nothing and connects to nothing."""
+    return [*_software(), *_hardware(), *_ray(Path("/proc")), *_room(folder)]
+
+
+def _software() -> Iterator[Finding]:
+    yield Finding("python", platform.python_version())
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    yield Finding("packages", ", ".join(f"{name} {number}" for name, number in found.items()))
+    for name, extra in (("ray", "build"), ("webdataset", "build"), ("pyarrow", "build")):
+        if name not in found:
+            yield Finding(name, "missing", f"{name} is not installed: pip install 'codebook-prune[{extra}]'")
+    if "faiss-cpu" in found and "faiss-gpu" in found:
+        yield Finding("faiss", "two builds", "faiss-cpu and faiss-gpu overwrite each other: uninstall both, then install one")
+
+
+def _hardware() -> Iterator[Finding]:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    yield Finding("gpus", ", ".join(gpus) or "none (torch sees none)")
+    try:
+        from codebook_builder.faiss_ops import build_options
+
+        options, faiss_gpus = build_options()
+    except UserError as error:
+        yield Finding("faiss", "missing", str(error))
+        return
+    yield Finding("faiss", f"{options}; {faiss_gpus} GPUs")
+    drivers = list(Path("/proc/driver/nvidia/gpus").glob("*"))
+    if drivers and not gpus:
+        yield Finding(
+            "cuda", f"{len(drivers)} GPUs", "there are NVIDIA GPUs, but torch sees none: install a CUDA build of torch"
+        )
+
+
+def _ray(proc: Path) -> Iterator[Finding]:
+    mode = os.environ.get("RAY_AUTH_MODE", "unset")
+    token = "RAY_AUTH_TOKEN" in os.environ or Path("~/.ray/auth_token").expanduser().is_file()
+    address = os.environ.get("RAY_ADDRESS")
+    problem = None
+    if mode == "token" and not token:
+        problem = "RAY_AUTH_MODE is token, but there is none: ray get-auth-token --generate"
+    elif address and mode != "token":
+        problem = "RAY_ADDRESS is set without RAY_AUTH_MODE=token: whoever reaches such a cluster runs code on it"
+    yield Finding("ray auth", f"mode {mode}, {'a token' if token else 'no token'}, address {address or 'unset'}", problem)
+    for name, ports, protected in ray_listeners(proc):
+        problem = (
+            None if protected else f"{name} takes commands from the network without a token: start it with RAY_AUTH_MODE=token"
+        )
+        yield Finding("ray listener", f"{name} on every interface: {', '.join(map(str, ports))}", problem)
+
+
+def ray_listeners(proc: Path) -> list[tuple[str, list[int], bool]]:
+    """(process, ports, needs a token) of Ray's control processes that listen beyond loopback."""
+    ports: dict[str, int] = {}
+    for table in ("tcp", "tcp6"):
+        path = proc / "net" / table
+        for line in path.read_text(encoding="ascii").splitlines()[1:] if path.is_file() else ():
+            fields = line.split()
+            address, port = fields[1].split(":")
+            if fields[3] == LISTENING and address not in LOOPBACK:
+                ports[fields[9]] = int(port, 16)
+    found = []
+    for folder in sorted(p for p in proc.glob("[0-9]*") if p.name.isdecimal()):
+        try:
+            name = (folder / "cmdline").read_bytes().split(b"\0")[0].decode(errors="replace").rpartition("/")[2]
+            if name not in ("gcs_server", "raylet"):
+                continue
+            sockets = [os.readlink(link) for link in (folder / "fd").iterdir()]
+            protected = b"RAY_AUTH_MODE=token" in (folder / "environ").read_bytes().split(b"\0")
+        except OSError:  # ended meanwhile, or another user's
+            continue
+        mine = sorted(ports[s[8:-1]] for s in sockets if s.startswith("socket:[") and s[8:-1] in ports)
+        if mine:
+            found.append((f"{name} (process {folder.name})", mine, protected))
+    return found
+
+
+def _room(folder: Path) -> Iterator[Finding]:
+    place = next(p for p in (folder.expanduser().absolute(), *folder.expanduser().absolute().parents) if p.is_dir())
+    disk = shutil.disk_usage(place).free / 2**30
+    problem = f"less than {LEAST_DISK_GB:g} GB are free below {place}" if disk < LEAST_DISK_GB else None
+    yield Finding("disk", f"{disk:.1f} GB free below {place}", problem)
+    if not os.access(place, os.W_OK):
+        yield Finding("disk", "not writable", f"{place} cannot be written: choose another output")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        lines = dict(line.split(":") for line in meminfo.read_text(encoding="ascii").splitlines())
+        memory = int(lines["MemAvailable"].split()[0]) / 2**20
+        problem = f"less than {LEAST_MEMORY_GB:g} GB of memory are available" if memory < LEAST_MEMORY_GB else None
+        yield Finding("memory", f"{memory:.1f} GB available", problem)
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    problem = f"a process may open {files} files, Ray wants {LEAST_FILES}: ulimit -n 65536" if files < LEAST_FILES else None
+    yield Finding("open files", str(files), problem)

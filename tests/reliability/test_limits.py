@@ -1,0 +1,50 @@
+"""A sample that crashes, hangs or eats its worker costs its own shard only."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DRIVER = """
+import json, sys
+from pathlib import Path
+from biting import BitingActor
+from codebook_builder import cluster
+from codebook_builder.worker import Failure, ShardTask
+from codebook_schemas import ClusterConfig
+from codebook_schemas.inputs import ShardEntry
+
+cluster.ShardActor = BitingActor
+config = ClusterConfig(workers=2, cpus_per_worker=0.5, attempts=1, in_flight=2, shard_seconds=20, worker_memory_gb=0.8)
+names = ["00000-a", "00001-segfault", "00002-b", "00003-hang", "00004-c", "00005-memory", "00006-d", "00007-e"]
+entries = [ShardEntry(name=n, path="/x", bytes=1, sha256="0" * 64, samples=1) for n in names]
+with cluster.connected(config, None) as runner:
+    found = {}
+    for outcome in runner([ShardTask(None, entry, Path("/x")) for entry in entries]):
+        name = outcome.task.shard.name if isinstance(outcome, Failure) else outcome.shard
+        assert name not in found
+        found[name] = outcome.error if isinstance(outcome, Failure) else None
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.cluster
+def test_segfault_hang_and_memory_are_given_up_and_the_rest_is_done(tmp_path: Path) -> None:
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": paths, "RAY_memory_monitor_refresh_ms": "0"}
+    command = [sys.executable, "-c", DRIVER]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {name for name, error in found.items() if error is None} == {
+        f"0000{i}-{n}" for i, n in zip("02467", "abcde", strict=True)
+    }
+    assert "died" in found["00001-segfault"]
+    assert "took more than 20 seconds" in found["00003-hang"]
+    assert "worker_memory_gb is 0.8" in found["00005-memory"]
