@@ -28,7 +28,7 @@ def faults(count: int, seed: int) -> list[Row]:
     """Trials on a cluster of two nodes, a row each."""
     from benchmarks.faults import trials
 
-    rows = []
+    rows: list[Row] = []
     for row in trials(count, seed):
         print(json.dumps(row), file=sys.stderr, flush=True)
         rows.append(row)
