@@ -32,6 +32,9 @@ types: $(STAMP)  ## mypy, strict
 
 bench: $(STAMP)  ## run the benchmarks and write benchmarks/results/*.json
 	$(BIN)/python -m benchmarks.build
+	$(BIN)/python -m benchmarks.whole_builds
+	$(BIN)/python -m benchmarks.exactness
+	$(BIN)/python -m benchmarks.selection
 	$(BIN)/python -m benchmarks.runtime
 	$(BIN)/python -m benchmarks.accuracy
 

@@ -1,21 +1,16 @@
 """What a build costs: `python -m benchmarks.build`.
 
-1. The same experiments on the same images, interleaved image by image: (a) one generate() call an experiment, as the public
-   implementation of arXiv 2503.20540 makes them, and the least such a call can do; (b) batched, nothing shared; (c) with shared
-   prefixes; (d) and the cascade. All must find the same low-information tokens. Ratios are medians over images; model seconds
-   are CPU seconds of this process in the model (one thread), so that other load on the machine disturbs less.
-2. Whole builds as a user runs them, with more images and more workers.
+The same experiments on the same images, interleaved image by image: (a) one generate() call an experiment, as the public
+implementation of arXiv 2503.20540 makes them, and the least such a call can do; (b) batched, nothing shared; (c) with shared
+prefixes; (d) and the cascade. All must find the same low-information tokens. Ratios are medians over images; model seconds are
+CPU seconds of this process in the model (one thread), so that other load on the machine disturbs less. Whole builds are in
+`benchmarks.whole_builds`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
@@ -38,7 +32,6 @@ from codebook_schemas import ProbeConfig
 from reference_vlm import CHECKPOINT
 from reference_vlm.model import build_processor
 from reference_vlm.scenes import make_scene, render
-from reference_vlm.shards import build_config, write_scene_shards
 
 console = Console(stderr=True)
 Way = PlainProber | Prober
@@ -131,7 +124,7 @@ def cpu_peak(size: int = 1536) -> float:
 
 
 def compare(case: Case) -> list[dict[str, Any]]:
-    """Part 1 for one case."""
+    """All rows of one case."""
     pictures = [(render(make_scene("codebook", i)), f"scene-{i}") for i in range(case.images)]
     off = Prober(case.model, case.processor, case.config, None)
     limits = thresholds_of([off.probe([p], [k])[0] for p, k in pictures], case.quantile, case.config)
@@ -181,43 +174,7 @@ def row(case: Case, name: str, spent: dict[str, list[Spent]], peak: float) -> di
         "ratio_to_least_naive": ratio(LEAST, "model"),
         "gflops_per_image": flops / case.images / 1e9,
         "mfu": flops / model / peak,
-        "peak_mb": None,
     }
-
-
-def build_row(images: int, workers: int | None) -> dict[str, Any]:
-    """Part 2: a build by the command; `workers` None: --local. Peak memory is that of the command's own process."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        shards = write_scene_shards(folder / "shards", images=images, per_shard=max(1, images // 8))
-        config = build_config(shards, folder / "codebook") | {"selection": {"min_images": 0}}
-        config["thresholds"] = config.get("thresholds", {}) | {"calibration_images": 8}
-        config["cluster"] = {"workers": workers or 1, "cpus_per_worker": 1}
-        (folder / "build.yaml").write_text(yaml.safe_dump(config))
-        how = ["--local"] if workers is None else []
-        command = [str(Path(sys.executable).with_name("codebook-build")), "run", str(folder / "build.yaml"), "--json", *how]
-        started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        report = json.loads(process.stdout.read() if process.stdout else "")
-        _, status, usage = os.wait4(process.pid, 0)
-        wall = time.perf_counter() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise RuntimeError(f"the build of {images} images failed")
-        return {
-            "variant": "whole build, --local" if workers is None else f"whole build, Ray, {workers} worker(s)",
-            "model": "reference VLM",
-            "tokens_per_image": 144,
-            "probed": config["probe"]["tokens_per_image"],
-            "images": images,
-            "wall_seconds": wall,
-            "images_per_s": images / wall,
-            "mfu": report["work"]["mfu"],
-            "experiments_skipped": report["work"]["skip_rate"],
-            "peak_mb": usage.ru_maxrss / 1024 if workers is None else None,
-            "prototypes": report["prototypes"],
-            "artefact_bytes": sum(f.stat().st_size for f in (folder / "codebook").rglob("*") if f.is_file()),
-        }
 
 
 def cases(images: int) -> list[Case]:
@@ -232,14 +189,11 @@ def cases(images: int) -> list[Case]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=3, help="images of part 1")
-    parser.add_argument("--build-images", type=int, nargs="+", default=[16, 64], help="sizes of the builds of part 2")
+    parser.add_argument("--images", type=int, default=3, help="images of a case")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/build.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = [row for case in cases(args.images) for row in compare(case)]
-    rows += [build_row(images, None) for images in args.build_images]
-    rows += [build_row(args.build_images[-1], workers) for workers in (1, 2)]
     publish("build", rows, 0, out=args.out)
 
 
