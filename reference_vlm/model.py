@@ -16,8 +16,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from reference_vlm.questions import vocabulary
+from reference_vlm.questions import sentences
 from reference_vlm.scenes import GRID, PATCH, SIDE
+from reference_vlm.suites import words_of_suites
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 ROLES = ("USER:", "ASSISTANT:")
@@ -30,6 +31,12 @@ CHAT_TEMPLATE = (
     "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}</s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
+
+
+def vocabulary() -> list[str]:
+    """Every word (and punctuation mark) of questions, answers and texts, sorted."""
+    text = " ".join((*sentences(), *words_of_suites())).lower()
+    return sorted(set(text.replace("?", " ? ").replace(".", " . ").split()))
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

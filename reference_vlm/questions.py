@@ -28,7 +28,8 @@ def with_article(name: str) -> str:
     return f"{'an' if name.startswith('orange') else 'a'} {name}"
 
 
-def _pick(rng: np.random.Generator, items: Sequence[str]) -> str:
+def pick(rng: np.random.Generator, items: Sequence[str]) -> str:
+    """One of `items`, evenly."""
     return items[int(rng.integers(len(items)))]
 
 
@@ -46,9 +47,9 @@ def color(scene: Scene, rng: np.random.Generator) -> Question | None:
     shapes = _unique([o.shape for o in scene.objects])
     if not shapes:
         return None
-    shape = _pick(rng, shapes)
+    shape = pick(rng, shapes)
     answer = next(o.color for o in scene.objects if o.shape == shape)
-    return Question("color", f"{_pick(rng, ('What color is the', 'What is the color of the'))} {shape}?", answer)
+    return Question("color", f"{pick(rng, ('What color is the', 'What is the color of the'))} {shape}?", answer)
 
 
 def shape(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -56,9 +57,9 @@ def shape(scene: Scene, rng: np.random.Generator) -> Question | None:
     colors = _unique([o.color for o in scene.objects])
     if not colors:
         return None
-    chosen = _pick(rng, colors)
+    chosen = pick(rng, colors)
     answer = next(o.shape for o in scene.objects if o.color == chosen)
-    return Question("shape", f"{_pick(rng, ('What shape is the', 'What is the shape of the'))} {chosen} object?", answer)
+    return Question("shape", f"{pick(rng, ('What shape is the', 'What is the shape of the'))} {chosen} object?", answer)
 
 
 def count(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -67,10 +68,10 @@ def count(scene: Scene, rng: np.random.Generator) -> Question | None:
     if kind < 0.4:
         return Question("count", "How many objects are there?", NUMBERS[len(scene.objects)])
     if kind < 0.7:
-        name = _pick(rng, sorted({o.shape for o in scene.objects}))
+        name = pick(rng, sorted({o.shape for o in scene.objects}))
         n = sum(o.shape == name for o in scene.objects)
         return Question("count", f"How many {name} objects are there?", NUMBERS[n])
-    name = _pick(rng, sorted({o.color for o in scene.objects}))
+    name = pick(rng, sorted({o.color for o in scene.objects}))
     n = sum(o.color == name for o in scene.objects)
     return Question("count", f"How many {name} objects are there?", NUMBERS[n])
 
@@ -79,14 +80,14 @@ def exist(scene: Scene, rng: np.random.Generator) -> Question | None:
     """Is there a red circle? Balanced; half of the negatives swap one attribute of an object that is there."""
     names = {o.name for o in scene.objects}
     if rng.random() < 0.5:
-        return Question("exist", f"Is there {with_article(_pick(rng, sorted(names)))}?", "yes")
+        return Question("exist", f"Is there {with_article(pick(rng, sorted(names)))}?", "yes")
     for _ in range(20):
         if rng.random() < 0.5:
-            name = f"{_pick(rng, list(COLORS))} {_pick(rng, SHAPES)}"
+            name = f"{pick(rng, list(COLORS))} {pick(rng, SHAPES)}"
         else:
             item = scene.objects[int(rng.integers(len(scene.objects)))]
             swap = rng.random() < 0.5
-            name = f"{_pick(rng, list(COLORS))} {item.shape}" if swap else f"{item.color} {_pick(rng, SHAPES)}"
+            name = f"{pick(rng, list(COLORS))} {item.shape}" if swap else f"{item.color} {pick(rng, SHAPES)}"
         if name not in names:
             return Question("exist", f"Is there {with_article(name)}?", "no")
     return None
@@ -112,7 +113,7 @@ def relation(scene: Scene, rng: np.random.Generator) -> Question | None:
     if len(unique) < 2:
         return None
     a, b = (unique[int(i)] for i in rng.permutation(len(unique))[:2])
-    word = _pick(rng, ("left of", "right of", "above", "below"))
+    word = pick(rng, ("left of", "right of", "above", "below"))
     axis = 0 if word in ("left of", "right of") else 1
     gap = b.center[axis] - a.center[axis]
     if abs(gap) < 10:
@@ -125,7 +126,7 @@ def read(scene: Scene, rng: np.random.Generator) -> Question | None:
     """Which character is printed on the plate?"""
     if scene.glyph is None:
         return None
-    return Question("read", _pick(rng, ("What character is printed?", "What does the sign say?")), scene.glyph_text)
+    return Question("read", pick(rng, ("What character is printed?", "What does the sign say?")), scene.glyph_text)
 
 
 def label(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -150,10 +151,10 @@ WEIGHTS = {
     "count": 3,
     "exist": 4,
     "position": 5,
-    "relation": 2,
+    "relation": 3,
     "read": 1.5,
     "label": 1,
-    "describe": 0.3,
+    "describe": 1,
 }
 
 
@@ -162,11 +163,11 @@ def ask(scene: Scene, family: str, rng: np.random.Generator) -> Question | None:
     return FAMILIES[family](scene, rng)
 
 
-def ask_many(scene: Scene, n: int, rng: np.random.Generator) -> list[Question]:
+def ask_many(scene: Scene, n: int, rng: np.random.Generator, families: Sequence[str] = tuple(FAMILIES)) -> list[Question]:
     """`n` training questions drawn over the families by `WEIGHTS`, distinct where the scene allows it."""
-    weights = np.array([WEIGHTS[f] for f in FAMILIES])
+    weights = np.array([WEIGHTS[f] for f in families])
     drawn: dict[str, Question] = {}
-    for family in rng.choice(list(FAMILIES), 4 * n, p=weights / weights.sum()):
+    for family in rng.choice(list(families), 4 * n, p=weights / weights.sum()):
         question = ask(scene, str(family), rng)
         if question is not None:
             drawn.setdefault(question.text, question)
@@ -175,14 +176,12 @@ def ask_many(scene: Scene, n: int, rng: np.random.Generator) -> list[Question]:
     return list(drawn.values())
 
 
-def vocabulary() -> list[str]:
-    """Every word that questions and answers use, sorted; the glyphs are words too."""
-    text = [
+def sentences() -> list[str]:
+    """Sentences that hold every word of the single-image questions and answers."""
+    return [
         PROBE_PROMPT,
         "What color is the of shape object objects How many are there Is there a an Where left right above below",
         "top bottom yes no and What character is printed? What does the sign say? Describe the image.",
         "which in image first second describe this picture video frame , : !",
         *(" ".join(words) for words in (NUMBERS, COLORS, SHAPES, GLYPHS)),
     ]
-    words = " ".join(text).lower().replace("?", " ? ").replace(".", " . ").split()
-    return sorted(set(words))

@@ -8,6 +8,7 @@ belong to it, so that training can remove the padding as any-resolution VLMs do 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -149,7 +150,8 @@ def _draw_objects(rng: np.random.Generator, taken: list[Item], columns: int, row
     objects: list[Item] = []
     largest = min(34, min(columns, rows) * PATCH)
     for _ in range(wanted):
-        size = int(rng.integers(min(14, largest), largest + 1))
+        smallest = min(11, largest)
+        size = round(smallest * (largest / smallest) ** rng.random())  # small ones are the more common, as in photographs
         item = _place(rng, taken, columns, rows, str(rng.choice(shapes)), str(rng.choice(colors)), size, size)
         if item is not None:
             objects.append(item)
@@ -188,6 +190,7 @@ def render(scene: Scene, *, canvas: bool = False) -> Image.Image:
     return padded
 
 
+@lru_cache(maxsize=256)
 def shape_mask(shape: str, size: int) -> Image.Image:
     """Antialiased mask (mode L, size x size) of a shape that fills its box."""
     big = size * 3

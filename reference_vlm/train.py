@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,14 +23,21 @@ import torch.nn.functional as F
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from reference_vlm.model import build_model, build_processor, build_tokenizer
-from reference_vlm.questions import ask_many
-from reference_vlm.scenes import COLORS, GLYPHS, SHAPES, Scene, draw_size, make_scene, patch_labels, render
+from reference_vlm.packing import IGNORE, Packer, draw_sheets
+from reference_vlm.scenes import COLORS, GLYPHS, SHAPES, Scene, make_scene, patch_labels, render
 
-IGNORE = -100
+Batch = dict[str, Tensor]
+Draw = Callable[[int], Batch]
 console = Console(stderr=True)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The same batch on `device`."""
+    return {k: v.to(device) for k, v in batch.items()}
 
 
 class DenseHeads(nn.Module):
@@ -51,87 +59,54 @@ def pixels_of(scenes: list[Scene]) -> Tensor:
     return torch.from_numpy((array - 0.5) / 0.25).permute(0, 3, 1, 2).contiguous()
 
 
-def dense_loss(model: LlavaForConditionalGeneration, heads: DenseHeads, scenes: list[Scene], device: str) -> Tensor:
-    """Stage 0: cross-entropies per patch, L1 on offset and size, presence of every colour x shape from [CLS]."""
+def draw_dense(step: int) -> Batch:
+    """Stage 0's data: 48 pictures of any size with their labels on the canvas grid."""
+    scenes = [make_scene("train", step * 4096 + i, size=None) for i in range(48)]
     labels = [patch_labels(s) for s in scenes]
-    target = {k: torch.from_numpy(np.stack([x[k] for x in labels])).to(device) for k in labels[0]}
-    visible = torch.from_numpy(np.stack([s.visible for s in scenes])).to(device)
-    out = model.model.vision_tower(pixels_of(scenes).to(device), output_hidden_states=True)
-    early = out.hidden_states[-2]
-    patches = early[:, 1:][visible]
-    loss = sum(F.cross_entropy(getattr(heads, k)(patches), target[k][visible]) for k in ("shape", "color", "glyph"))
-    place = heads.place(patches)
-    owned = (target["size"][visible] > 0).unsqueeze(1)
-    wanted = torch.cat([target["offset"], target["size"].unsqueeze(-1)], -1)[visible]
-    loss = loss + (F.l1_loss(place, wanted, reduction="none") * owned).sum() / owned.sum().clamp(min=1) / 3
-    present = torch.zeros(len(scenes), len(SHAPES) * len(COLORS), device=device)
+    present = torch.zeros(len(scenes), len(SHAPES) * len(COLORS))
     for i, scene in enumerate(scenes):
         for item in scene.objects:
             present[i, SHAPES.index(item.shape) * len(COLORS) + list(COLORS).index(item.color)] = 1
+    return {
+        "pixels": pixels_of(scenes),
+        "visible": torch.from_numpy(np.stack([s.visible for s in scenes])),
+        "present": present,
+        **{k: torch.from_numpy(np.stack([x[k] for x in labels])) for k in labels[0]},
+    }
+
+
+def dense_loss(tower: Callable[..., Any], heads: DenseHeads, batch: Batch) -> Tensor:
+    """Stage 0: cross-entropies per patch, L1 on offset and size, presence of every colour x shape from [CLS]."""
+    visible = batch["visible"]
+    out = tower(batch["pixels"], output_hidden_states=True)
+    early = out.hidden_states[-2]
+    patches = early[:, 1:][visible]
+    owned = (batch["size"][visible] > 0).unsqueeze(1)
+    loss: Tensor = patches.new_zeros(())
+    for kind in ("shape", "color", "glyph"):
+        each = F.cross_entropy(getattr(heads, kind)(patches), batch[kind][visible], reduction="none")
+        shown = batch[kind][visible] > 0  # most of a picture is background: what is shown counts as much again
+        loss = loss + each.mean() + (each * shown).sum() / shown.sum().clamp(min=1)
+    place = heads.place(patches)
+    wanted = torch.cat([batch["offset"], batch["size"].unsqueeze(-1)], -1)[visible]
+    loss = loss + (F.l1_loss(place, wanted, reduction="none") * owned).sum() / owned.sum().clamp(min=1) / 3
     for head, feature in ((heads.present, out.pooler_output), (heads.present_early, early[:, 0])):
-        loss = loss + 4 * F.binary_cross_entropy_with_logits(head(feature), present)
+        loss = loss + 4 * F.binary_cross_entropy_with_logits(head(feature), batch["present"])
     return loss
 
 
-class Packer:
-    """Turns scenes of one size into a packed batch: visual prefix, then independent question-answer segments."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, per_image: int = 10) -> None:
-        self.tokenizer, self.per_image = tokenizer, per_image
-        self.prefix = tokenizer("USER:").input_ids
-
-    def segments(self, scene: Scene, rng: np.random.Generator) -> list[tuple[list[int], list[int]]]:
-        """(ids, labels) of each question; labels mark the answer and its </s>."""
-        out = []
-        for q in ask_many(scene, self.per_image, rng):
-            prompt = self.tokenizer(f"{q.text} ASSISTANT:", add_special_tokens=False).input_ids
-            answer = [*self.tokenizer(q.answer, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
-            out.append((prompt + answer, [IGNORE] * len(prompt) + answer))
-        return out
-
-    def __call__(self, scenes: list[Scene], rng: np.random.Generator) -> dict[str, Tensor]:
-        """ids, positions, labels [batch, length]; mask [batch, 1, length, length] additive; visual [batch, 144] bool."""
-        visual = int(scenes[0].visible.sum())
-        start = len(self.prefix) + visual
-        rows = [self.segments(s, rng) for s in scenes]
-        length = start + max(sum(len(ids) for ids, _ in row) for row in rows)
-        batch = len(scenes)
-        ids = torch.full((batch, length), self.tokenizer.pad_token_id)
-        ids[:, : len(self.prefix)] = torch.tensor(self.prefix)
-        labels = torch.full((batch, length), IGNORE)
-        positions = torch.arange(length).repeat(batch, 1)
-        segment = torch.zeros(batch, length, dtype=torch.long)
-        for b, row in enumerate(rows):
-            at = start
-            for k, (seg, lab) in enumerate(row, 1):
-                end = at + len(seg)
-                ids[b, at:end], labels[b, at:end] = torch.tensor(seg), torch.tensor(lab)
-                positions[b, at:end] = torch.arange(start, start + len(seg))
-                segment[b, at:end] = k
-                at = end
-            segment[b, at:] = -1
-        causal = torch.ones(length, length, dtype=torch.bool).tril()
-        same = segment[:, :, None] == segment[:, None, :]
-        mask = causal & (same | (segment == 0)[:, None, :])
-        return {
-            "ids": ids,
-            "labels": labels,
-            "positions": positions,
-            "mask": torch.zeros(mask.shape).masked_fill(~mask, -1e9)[:, None],
-            "visual": torch.from_numpy(np.stack([s.visible for s in scenes])),
-        }
-
-
-def answer_loss(model: LlavaForConditionalGeneration, batch: dict[str, Tensor], pixels: Tensor, prefix: int) -> Tensor:
-    """Stage 1: next-token cross-entropy on the answers."""
+def answer_loss(model: LlavaForConditionalGeneration, decoder: Callable[..., Any], batch: Batch) -> Tensor:
+    """Stage 1: next-token cross-entropy on the answers. `decoder`: the model's language model, compiled or not."""
     inner = model.model
     with torch.no_grad():
-        features = inner.vision_tower(pixels, output_hidden_states=True).hidden_states[model.config.vision_feature_layer]
-    kept = features[:, 1:][batch["visual"]].view(len(pixels), -1, features.shape[-1])
-    visual = inner.multi_modal_projector(kept)
+        features = inner.vision_tower(batch["pixels"], output_hidden_states=True).hidden_states[
+            model.config.vision_feature_layer
+        ]
+    visual = inner.multi_modal_projector(features[:, 1:][batch["visible"]])
     text = inner.get_input_embeddings()(batch["ids"])
-    embeds = torch.cat([text[:, :prefix], visual.to(text.dtype), text[:, prefix + visual.shape[1] :]], 1)
-    hidden = inner.language_model(
+    places = (batch["ids"] == model.config.image_token_id).unsqueeze(-1).expand_as(text)
+    embeds = text.masked_scatter(places, visual.to(text.dtype))
+    hidden = decoder(
         inputs_embeds=embeds, attention_mask=batch["mask"], position_ids=batch["positions"], use_cache=False
     ).last_hidden_state
     labels = batch["labels"][:, 1:]
@@ -139,24 +114,42 @@ def answer_loss(model: LlavaForConditionalGeneration, batch: dict[str, Tensor], 
     return F.cross_entropy(model.lm_head(hidden[:, :-1][asked]).float(), labels[asked])
 
 
-def scene_batches(step: int, budget: int, rng: np.random.Generator, *, mixed: bool) -> list[Scene]:
-    """Training scenes of one step: of one drawn size, as many as the token budget holds (`mixed`: any sizes, fixed number)."""
-    size = None if mixed else draw_size(rng)
-    number = budget if size is None else max(8, budget // (size[0] * size[1] + 110))
-    return [make_scene("train", step * 4096 + i, size=size) for i in range(number)]
+class Steps(Dataset[Batch]):
+    """The data of every step still to do."""
+
+    def __init__(self, draw: Draw, steps: range) -> None:
+        self.draw, self.steps = draw, steps
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.draw(self.steps[index])
 
 
 class Stage:
-    """Optimiser, schedule and resumable state of one training stage."""
+    """Optimisers, schedule and resumable state of one training stage.
+
+    The matrices inside the layers are trained by Muon (Jordan et al. 2024; updates scaled to AdamW's size, Liu et al.,
+    arXiv 2502.16982), everything else by AdamW.
+    """
 
     def __init__(self, name: str, folder: Path, modules: list[nn.Module], steps: int, lr: float) -> None:
         self.name, self.path, self.steps, self.lr, self.step = name, folder / f"{name}.safetensors", steps, lr, 0
         self.modules = nn.ModuleList(modules)
         self.trained = {n: p for n, p in self.modules.named_parameters() if p.requires_grad}
-        decay = [p for p in self.trained.values() if p.ndim > 1]
-        plain = [p for p in self.trained.values() if p.ndim <= 1]
-        groups = [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+        inner = {n for n, p in self.trained.items() if p.ndim == 2 and (".layers." in n or ".linear_" in n)}
+        rest = [p for n, p in self.trained.items() if n not in inner]
+        groups = [
+            {"params": [p for p in rest if p.ndim > 1], "weight_decay": 0.05},
+            {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizers: tuple[torch.optim.Optimizer, ...] = (
+            torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95)),
+            torch.optim.Muon(
+                [self.trained[n] for n in sorted(inner)], lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
+            ),
+        )
         if self.path.exists():
             self._load()
 
@@ -165,35 +158,39 @@ class Stage:
         self.step = int(state["step"])
         for name, p in self.trained.items():
             p.data.copy_(state[f"p.{name}"])
-            if self.step:
-                moments = {k: state[f"{k}.{name}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[p] = {"step": torch.tensor(float(self.step)), **moments}
+            for optimizer in self.optimizers:
+                found = {k.split(".", 1)[0]: v for k, v in state.items() if k.split(".", 1)[1:] == [f"state.{name}"]}
+                if found and any(p is q for group in optimizer.param_groups for q in group["params"]):
+                    optimizer.state[p] = {k: v if v.ndim == 0 else v.to(p.device) for k, v in found.items()}
         console.print(f"{self.name}: resumed at step {self.step}")
 
     def save(self) -> None:
-        """Write weights, moments and step atomically."""
+        """Write weights, the optimisers' state and the step atomically."""
         state = {"step": torch.tensor(self.step)}
         for name, p in self.trained.items():
             state[f"p.{name}"] = p.data.cpu().contiguous()
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[f"{key}.{name}"] = self.optimizer.state[p][key].cpu().contiguous()
+            for optimizer in self.optimizers:
+                for key, value in optimizer.state.get(p, {}).items():
+                    state[f"{key}.state.{name}"] = value.cpu().contiguous()
         temporary = self.path.with_suffix(".tmp")
         save_file(state, temporary)
         os.replace(temporary, self.path)
 
-    def run(self, loss_of: Callable[[int], Tensor], every: int = 100) -> Iterator[int]:
-        """Train to the last step; yields after each save."""
+    def run(self, draw: Draw, loss_of: Callable[[Batch], Tensor], every: int = 100) -> Iterator[int]:
+        """Train to the last step; yields after each save. `draw(step)` makes the data of a step, one process ahead."""
         started, first, running = time.perf_counter(), self.step, 0.0
-        while self.step < self.steps:
+        data = Steps(draw, range(self.step, self.steps))
+        for batch in DataLoader(data, batch_size=None, num_workers=int(len(data) > every)):
             warm = min(1.0, (self.step + 1) / 200)
             scale = warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / self.steps)))
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * scale
-            loss = loss_of(self.step)
-            self.optimizer.zero_grad(set_to_none=True)
+            loss = loss_of(batch)
             torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = self.lr * scale
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             self.step += 1
             running = loss.item() if not running else 0.98 * running + 0.02 * loss.item()
             if self.step % every == 0 or self.step == self.steps:
@@ -206,6 +203,21 @@ class Stage:
                 yield self.step
 
 
+def start_from(model: LlavaForConditionalGeneration, folder: Path) -> None:
+    """Take connector and language model of an earlier checkpoint of the same widths; words are matched by their spelling."""
+    earlier = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    words = PreTrainedTokenizerFast.from_pretrained(folder).get_vocab()
+    rows = {new: words[word] for word, new in build_tokenizer().get_vocab().items() if word in words}
+    state = model.state_dict()
+    for name, value in earlier.state_dict().items():
+        if "vision_tower" in name:
+            continue
+        if value.shape[0] == len(words):
+            state[name][list(rows)] = value[list(rows.values())].to(state[name])
+        else:
+            state[name].copy_(value)
+
+
 def export(model: LlavaForConditionalGeneration, folder: Path) -> None:
     """Write the fp16 checkpoint with its processor: what `AutoProcessor` and `AutoModelForImageTextToText` load."""
     half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
@@ -214,55 +226,71 @@ def export(model: LlavaForConditionalGeneration, folder: Path) -> None:
     build_processor().save_pretrained(folder)
 
 
-def train(out: Path, vision_steps: int, steps: int, budget: int, lr: float, width: int, device: str) -> None:
-    """Run both stages, resuming whatever `out` holds, and export to `out/checkpoint`."""
-    out.mkdir(parents=True, exist_ok=True)
-    model = build_model(width=width).to(device)
-    heads = DenseHeads(model.config.vision_config.hidden_size).to(device)
+def train_vision(model: LlavaForConditionalGeneration, options: argparse.Namespace) -> None:
+    """Stage 0: the tower, with its read-out heads."""
+    heads = DenseHeads(model.config.vision_config.hidden_size).to(options.device)
     tower = model.model.vision_tower
-    kind = device.split(":", maxsplit=1)[0]
+    called = torch.compile(tower) if options.compiled else tower
 
-    def vision(step: int) -> Tensor:
-        scenes = scene_batches(step, 48, np.random.default_rng((9, step)), mixed=True)
-        with torch.autocast(kind, torch.bfloat16):
-            return dense_loss(model, heads, scenes, device)
+    def loss(batch: Batch) -> Tensor:
+        with torch.autocast(model.device.type, torch.bfloat16):
+            return dense_loss(called, heads, to_device(batch, model.device))
 
-    for _ in Stage("vision", out, [tower, heads], vision_steps, 1.5e-3).run(vision):
+    for _ in Stage("vision", options.out, [tower, heads], options.vision_steps, 1.5e-3).run(draw_dense, loss):
         pass
-    tower.requires_grad_(False)
+
+
+def train_language(model: LlavaForConditionalGeneration, options: argparse.Namespace) -> None:
+    """Stage 1: connector and LLM on a frozen tower; exports now and then."""
+    inner, pack = model.model, Packer(build_tokenizer())
+    inner.vision_tower.requires_grad_(False)
     model.set_attn_implementation({"text_config": "eager"})  # its backward is twice as fast as SDPA's on CPU with a dense mask
-    pack = Packer(build_tokenizer())
+    decoder = torch.compile(inner.language_model, dynamic=True) if options.compiled else inner.language_model
 
-    def language(step: int) -> Tensor:
-        rng = np.random.default_rng((11, step))
-        scenes = scene_batches(100_000 + step, budget, rng, mixed=False)
-        batch = {k: v.to(device) for k, v in pack(scenes, rng).items()}
-        with torch.autocast(kind, torch.bfloat16):
-            return answer_loss(model, batch, pixels_of(scenes).to(device), len(pack.prefix))
+    def draw(step: int) -> Batch:
+        sheets = draw_sheets(step, options.budget, np.random.default_rng((11, step)))
+        return {**pack(sheets), "pixels": pixels_of([scene for sheet in sheets for scene in sheet.scenes])}
 
-    stage = Stage("language", out, [model.model.multi_modal_projector, model.model.language_model, model.lm_head], steps, lr)
-    for step in stage.run(language):
+    def loss(batch: Batch) -> Tensor:
+        with torch.autocast(model.device.type, torch.bfloat16):
+            return answer_loss(model, decoder, to_device(batch, model.device))
+
+    if options.start is not None:
+        start_from(model, options.start)
+    trained = [inner.multi_modal_projector, inner.language_model, model.lm_head]
+    for step in Stage("language", options.out, trained, options.steps, options.lr).run(draw, loss):
         if step % 1000 == 0:
-            export(model, out / "checkpoint")
-    export(model, out / "checkpoint")
-    cost = {"vision_steps": vision_steps, "steps": steps, "budget": budget, "lr": lr, "width": width, "device": device}
-    (out / "checkpoint" / "training.json").write_text(json.dumps(cost, indent=1) + "\n")
+            export(model, options.out / "checkpoint")
+
+
+def train(options: argparse.Namespace) -> None:
+    """Run both stages, resuming whatever `options.out` holds, and export to its folder `checkpoint`."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    model = build_model(width=options.width).to(options.device)
+    train_vision(model, options)
+    train_language(model, options)
+    folder = options.out / "checkpoint"
+    export(model, folder)
+    cost = {k: getattr(options, k) for k in ("vision_steps", "steps", "budget", "lr", "width", "device")}
+    (folder / "training.json").write_text(json.dumps(cost, indent=1) + "\n")
 
 
 def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/reference"))
-    parser.add_argument("--vision-steps", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--vision-steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=10000)
     parser.add_argument("--budget", type=int, default=3600, help="tokens per step of stage 1")
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--width", type=int, default=128, help="LLM hidden size")
+    parser.add_argument("--start", type=Path, help="begin stage 1 with the connector and LLM of this checkpoint")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compiled", action="store_true", help="use torch.compile (needs a C++ compiler): a fifth faster")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    args = vars(parser.parse_args())
-    torch.set_num_threads(args.pop("threads"))
-    train(**args)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    train(options)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 
 from reference_vlm import CHECKPOINT
 from reference_vlm.evaluate import accuracy, answers, object_tokens, question_set, random_tokens
-from reference_vlm.train import train
+from reference_vlm.train import Stage, train
 
 
 def test_it_is_an_ordinary_llava_that_auto_classes_load() -> None:
@@ -57,23 +58,24 @@ def test_its_answers_hang_on_the_objects_tokens(reference: tuple[Any, Any]) -> N
 
 
 def test_training_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"budget": 400, "lr": 1e-3, "width": 64, "device": "cpu"}
-    train(tmp_path / "whole", vision_steps=2, steps=2, **options)
-    from reference_vlm import train as module
+    def run(name: str) -> None:
+        settings = {"vision_steps": 2, "steps": 3, "budget": 400, "lr": 1e-3, "width": 64, "device": "cpu"}
+        train(Namespace(out=tmp_path / name, compiled=False, start=None, **settings))
 
-    saved = module.Stage.save
+    run("whole")
+    saved = Stage.save
 
-    def save_and_stop(stage: module.Stage) -> None:
+    def save_and_stop(stage: Stage) -> None:
         saved(stage)
         if stage.name == "language" and stage.step == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.Stage, "save", save_and_stop)
-    monkeypatch.setattr(module.Stage.run, "__defaults__", (1,))
+    monkeypatch.setattr(Stage, "save", save_and_stop)
+    monkeypatch.setattr(Stage.run, "__defaults__", (1,))
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "halves", vision_steps=2, steps=2, **options)
+        run("halves")
     monkeypatch.undo()
-    train(tmp_path / "halves", vision_steps=2, steps=2, **options)
+    run("halves")
     whole, halves = (load_file(tmp_path / name / "checkpoint" / "model.safetensors") for name in ("whole", "halves"))
     for name, value in whole.items():
         np.testing.assert_allclose(value.float().numpy(), halves[name].float().numpy(), atol=2e-3, err_msg=name)
