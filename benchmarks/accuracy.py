@@ -21,8 +21,9 @@ from benchmarks.reference_codebook import build
 from benchmarks.report import publish
 from codebook_prune import Codebook, CodebookPruner, PyramidPruner, RandomPruner, UniformPruner, load_model
 from reference_vlm import CHECKPOINT
-from reference_vlm.evaluate import Item, answers, is_right, question_set
+from reference_vlm.evaluate import answers, is_right
 from reference_vlm.scenes import GRID
+from reference_vlm.suites import Prompt, make_suite
 
 RATIOS = (0.5, 0.22, 0.11)
 console = Console(stderr=True)
@@ -38,7 +39,9 @@ def pruners(codebook: Codebook, ratio: float, seed: int) -> dict[str, Any]:
     }
 
 
-def rights(model: Any, processor: Any, items: Sequence[Item], pruner: Any | None) -> tuple[NDArray[np.bool_], dict[str, float]]:
+def rights(
+    model: Any, processor: Any, items: Sequence[Prompt], pruner: Any | None
+) -> tuple[NDArray[np.bool_], dict[str, float]]:
     """(right per question [n], mean visual tokens of an image: entering the LLM, layer-averaged, in the last layer)."""
     with pruner(model) if pruner is not None else nullcontext():
         given = answers(model, processor, items)
@@ -61,7 +64,7 @@ def interval(full: NDArray[np.bool_], pruned: NDArray[np.bool_], seed: int, draw
 
 
 def rows_of(
-    items: Sequence[Item], full: NDArray[np.bool_], right: NDArray[np.bool_], seed: int, **fields: Any
+    items: Sequence[Prompt], full: NDArray[np.bool_], right: NDArray[np.bool_], seed: int, **fields: Any
 ) -> list[dict[str, Any]]:
     """One row overall and one a question family."""
     families = np.array([i.question.family for i in items])
@@ -92,7 +95,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/accuracy.json")
     args = parser.parse_args()
     model, processor = load_model(str(CHECKPOINT))
-    items = question_set(args.split, args.per_family)
+    items = make_suite("image", args.split, args.per_family)
     with tempfile.TemporaryDirectory() as folder:
         codebook = Codebook.from_pretrained(args.codebook or build(Path(folder)))
         full, counts = rights(model, processor, items, None)

@@ -125,16 +125,11 @@ def random_llava(grid: int, width: int, layers: int) -> tuple[Any, dict[str, tor
 
 def reference_input(batch: int = 1) -> tuple[Any, dict[str, torch.Tensor]]:
     """The reference VLM and one of its questions."""
-    from reference_vlm.evaluate import prompt_of, question_set
-    from reference_vlm.scenes import render
+    from reference_vlm.evaluate import inputs_of
+    from reference_vlm.suites import make_suite
 
     model, processor = load_model(str(CHECKPOINT))
-    items = question_set("validation", batch, ("position",))
-    inputs = processor(
-        images=[render(i.scene) for i in items],
-        text=[prompt_of(processor, i.question.text) for i in items],
-        return_tensors="pt",
-    )
+    inputs = inputs_of(processor, make_suite("image", "validation", batch, ("position",)))
     return model, dict(inputs.to(model.device))
 
 

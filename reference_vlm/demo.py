@@ -28,8 +28,9 @@ from rich.console import Console
 from rich.table import Table
 
 from reference_vlm import CHECKPOINT
-from reference_vlm.evaluate import Item, answers, is_right, prompt_of, question_set
+from reference_vlm.evaluate import answers, inputs_of, is_right, prompt_of
 from reference_vlm.scenes import GRID, make_scene, render
+from reference_vlm.suites import Prompt, make_suite
 
 ROOT = Path(__file__).parents[1]
 RATIOS = (1.0, 0.5, 0.22, 0.11)
@@ -153,9 +154,9 @@ def run_quietly(command: list[str], env: dict[str, str]) -> None:
         raise subprocess.CalledProcessError(process.returncode, command)
 
 
-def prefill_ms(model: Any, processor: Any, item: Item, pruners: Sequence[Any], rounds: int = 15) -> list[float]:
+def prefill_ms(model: Any, processor: Any, prompt: Prompt, pruners: Sequence[Any], rounds: int = 15) -> list[float]:
     """Median prefill milliseconds of one question under every pruner (None = unpruned), interleaved."""
-    inputs = processor(images=[render(item.scene)], text=[prompt_of(processor, item.question.text)], return_tensors="pt")
+    inputs = inputs_of(processor, [prompt])
     times: list[list[float]] = [[] for _ in pruners]
     with torch.inference_mode():
         for _ in range(rounds):
@@ -173,7 +174,7 @@ def compare(model: Any, processor: Any, codebook: Any, questions: int) -> list[R
 
     from codebook_prune import CodebookPruner, RandomPruner
 
-    items = question_set("test", questions // len(FAMILIES), FAMILIES)
+    items = make_suite("image", "test", questions // len(FAMILIES), FAMILIES)
     methods: list[tuple[str, float, Any]] = [("unpruned", 1.0, None)]
     for ratio in RATIOS[1:]:
         methods += [

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +18,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reference_vlm import CHECKPOINT
-from reference_vlm.questions import FAMILIES, Question, ask
-from reference_vlm.scenes import GRID, PATCH, Scene, make_scene, render
+from reference_vlm.questions import Question
+from reference_vlm.scenes import GRID, PATCH, Scene, render
+from reference_vlm.suites import SUITES, Prompt, make_suite
 
-SCORED = tuple(f for f in FAMILIES if f != "describe")
 Keep = Callable[[Scene, int], NDArray[np.bool_]]
 """(scene, running number) -> mask of the visual tokens to keep, raster order."""
 
 
-@dataclass(frozen=True)
-class Item:
-    """One question about one scene."""
-
-    scene: Scene
-    question: Question
-
-
-def question_set(split: str, per_family: int, families: Sequence[str] = SCORED) -> list[Item]:
-    """`per_family` questions of each family on full-size scenes of a split; one question a scene, the same for every caller."""
-    items: list[Item] = []
-    for k, family in enumerate(families):
-        index, found = 0, 0
-        while found < per_family:
-            number = index * len(FAMILIES) + list(FAMILIES).index(family)
-            scene = make_scene(split, number)
-            question = ask(scene, family, np.random.default_rng((17, k, index)))
-            index += 1
-            if question is not None:
-                items.append(Item(scene, question))
-                found += 1
-    return items
-
-
-def prompt_of(processor: Any, text: str) -> str:
-    """The chat template's single-turn prompt with one image."""
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+def prompt_of(processor: Any, text: str, lead: Sequence[str] = ("",)) -> str:
+    """The chat template's single-turn prompt: pictures, each after its words in `lead`, then the text."""
+    content: list[dict[str, str]] = []
+    for words in lead:
+        content += [{"type": "text", "text": words}, {"type": "image"}] if words else [{"type": "image"}]
+    message = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
     return str(processor.apply_chat_template([message], add_generation_prompt=True))
+
+
+def inputs_of(processor: Any, prompts: Sequence[Prompt]) -> Any:
+    """What a user would hand to the model: the processor's output for pictures and chat-template prompts, left-padded."""
+    texts = [" ".join(filter(None, (p.context, p.question.text))) for p in prompts]
+    return processor(
+        images=[render(scene) for p in prompts for scene in p.scenes],
+        text=[prompt_of(processor, text, p.lead) for p, text in zip(prompts, texts, strict=True)],
+        return_tensors="pt",
+        padding=True,
+    )
 
 
 def is_right(question: Question, answer: str) -> bool:
@@ -63,20 +52,15 @@ def is_right(question: Question, answer: str) -> bool:
 
 
 @torch.inference_mode()
-def answers(model: Any, processor: Any, items: Sequence[Item], *, batch: int = 64, keep: Keep | None = None) -> list[str]:
-    """Greedy answers, in order. With `keep`, only the chosen visual tokens enter the LLM (positions renumbered)."""
+def answers(model: Any, processor: Any, prompts: Sequence[Prompt], *, batch: int = 64, keep: Keep | None = None) -> list[str]:
+    """Greedy answers, in order. With `keep`, only the chosen tokens of the one picture enter the LLM (renumbered)."""
     out: list[str] = []
-    for start in range(0, len(items), batch):
-        part = items[start : start + batch]
-        inputs = processor(
-            images=[render(i.scene) for i in part],
-            text=[prompt_of(processor, i.question.text) for i in part],
-            return_tensors="pt",
-            padding=True,
-        ).to(model.device)
+    for start in range(0, len(prompts), batch):
+        part = prompts[start : start + batch]
+        inputs = inputs_of(processor, part).to(model.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
         if keep is not None:
-            inputs = _splice(model, inputs, [keep(i.scene, start + k) for k, i in enumerate(part)])
+            inputs = _splice(model, inputs, [keep(p.scene, start + k) for k, p in enumerate(part)])
         ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
         new = ids if keep is not None else ids[:, inputs["input_ids"].shape[1] :]
         out += processor.batch_decode(new, skip_special_tokens=True)
@@ -101,11 +85,11 @@ def _splice(model: Any, inputs: Any, keep: list[NDArray[np.bool_]]) -> dict[str,
     return {"inputs_embeds": embeds, "attention_mask": attention}
 
 
-def accuracy(items: Sequence[Item], given: Sequence[str]) -> dict[str, float]:
+def accuracy(prompts: Sequence[Prompt], given: Sequence[str]) -> dict[str, float]:
     """Fraction right by family, and `overall` (mean over questions)."""
     right: dict[str, list[bool]] = {}
-    for item, answer in zip(items, given, strict=True):
-        right.setdefault(item.question.family, []).append(is_right(item.question, answer))
+    for prompt, answer in zip(prompts, given, strict=True):
+        right.setdefault(prompt.question.family, []).append(is_right(prompt.question, answer))
     scores = {family: float(np.mean(values)) for family, values in right.items()}
     return {**scores, "overall": float(np.mean([v for values in right.values() for v in values]))}
 
@@ -126,7 +110,7 @@ def random_tokens(number: int, seed: int) -> NDArray[np.bool_]:
     return mask
 
 
-def sanity(model: Any, processor: Any, items: Sequence[Item]) -> dict[str, float]:
+def sanity(model: Any, processor: Any, prompts: Sequence[Prompt]) -> dict[str, float]:
     """Overall accuracy with random tokens kept, the objects' own, as many random ones, and all but the objects'."""
     policies: dict[str, Keep] = {
         f"random {ratio:.0%}": lambda scene, k, r=ratio: random_tokens(round(r * GRID * GRID), k)  # type: ignore[misc]
@@ -136,7 +120,9 @@ def sanity(model: Any, processor: Any, items: Sequence[Item]) -> dict[str, float
     policies["objects only"] = lambda scene, k: object_tokens(scene)
     policies["random, as many as objects"] = lambda scene, k: random_tokens(int(object_tokens(scene).sum()), k)
     policies["background only"] = lambda scene, k: ~object_tokens(scene)
-    return {name: accuracy(items, answers(model, processor, items, keep=keep))["overall"] for name, keep in policies.items()}
+    return {
+        name: accuracy(prompts, answers(model, processor, prompts, keep=keep))["overall"] for name, keep in policies.items()
+    }
 
 
 CARD = """---
@@ -152,7 +138,8 @@ codebook-prune's demo, tests and benchmarks. `AutoModelForImageTextToText` and `
 [CLS] (96 x 96 pixels, 144 visual tokens), two-layer connector, 8-layer Llama, word-level tokenizer: it only knows the words of
 its questions.
 
-Scores on {n} held-out questions (`python -m reference_vlm.evaluate`), exact match:
+Scores on held-out questions (`python -m reference_vlm.evaluate`), exact match, by suite: one image; two to four images; videos
+of four frames; one image and a misleading text of 128 to 1,024 words.
 
 {scores}
 
@@ -176,8 +163,9 @@ def write_card(folder: Path, model: Any, report: dict[str, Any]) -> None:
     text = CARD.format(
         parameters=sum(p.numel() for p in model.parameters()) / 1e6,
         bytes=(folder / "model.safetensors").stat().st_size / 1e6,
-        n=report["n"],
-        scores=table("family", report["accuracy"]),
+        scores="\n\n".join(
+            table(f"{suite} (n = {report['n'][suite]})", scores) for suite, scores in report["accuracy"].items()
+        ),
         sanity_n=report["sanity_n"],
         sanity=table("visual tokens", report["sanity"]),
         training=", ".join(f"{key} {value}" for key, value in training.items()),
@@ -198,11 +186,13 @@ def main() -> None:
     parser.add_argument("--card", action="store_true", help="also write scores.json and the card into the checkpoint")
     args = parser.parse_args()
     model, processor = load_model(str(args.checkpoint))
-    items = question_set(args.split, args.per_family)
-    some = question_set(args.split, args.sanity_per_family)
-    report: dict[str, Any] = {"split": args.split, "n": len(items), "sanity_n": len(some)}
-    report["accuracy"] = accuracy(items, answers(model, processor, items))
-    report["sanity"] = sanity(model, processor, some)
+    report: dict[str, Any] = {"split": args.split, "n": {}, "accuracy": {}}
+    for suite in SUITES:
+        prompts = make_suite(suite, args.split, args.per_family)
+        report["n"][suite] = len(prompts)
+        report["accuracy"][suite] = accuracy(prompts, answers(model, processor, prompts, batch=64 if suite == "image" else 16))
+    some = make_suite("image", args.split, args.sanity_per_family)
+    report["sanity_n"], report["sanity"] = len(some), sanity(model, processor, some)
     print(json.dumps(report, indent=1))
     if args.card:
         write_card(args.checkpoint, model, report)

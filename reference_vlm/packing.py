@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from reference_vlm.questions import Question, ask_many
 from reference_vlm.scenes import Scene, draw_size, make_scene
-from reference_vlm.suites import IMAGES, ORDINALS, VIDEO, ask_suite, facts, make_images, make_video
+from reference_vlm.suites import IMAGES, VIDEO, ask_suite, facts, lead_of, make_images, make_video
 
 IGNORE = -100
 KINDS = {"image": 0.64, "images": 0.14, "video": 0.1, "text": 0.12}
@@ -106,13 +106,11 @@ def make_sheet(kind: str, index: int, pictures: int, size: tuple[int, int], word
     """Draw one training row of a kind in `KINDS`; `index` names its scenes."""
     if kind == "images":
         scenes = make_images("train", index, pictures, size)
-        lead = tuple(f"{ORDINALS[k]} image :" for k in range(pictures))
-        return Sheet(tuple(scenes), ask_suite(IMAGES, scenes, 8, rng), lead)
+        return Sheet(tuple(scenes), ask_suite(IMAGES, scenes, 8, rng), lead_of(kind, pictures))
     frames = make_video("train", index, pictures, size) if kind == "video" else None
     if frames is not None:
         about = (*ask_suite(VIDEO, frames, 2, rng), *ask_many(frames[0], 4, rng, ("color", "shape", "count", "exist")))
-        return Sheet(tuple(frames), about, ("video :", *[""] * (pictures - 1)))
+        return Sheet(tuple(frames), about, lead_of(kind, pictures))
     scene = make_scene("train", index, size=size)
     number = pictures if kind == "video" else 1  # nothing in it can move: a still video
-    lead = ("video :", *[""] * (pictures - 1)) if kind == "video" else ("",)
-    return Sheet((scene,) * number, tuple(ask_many(scene, 10, rng)), lead, facts(rng, words) if words else "")
+    return Sheet((scene,) * number, tuple(ask_many(scene, 10, rng)), lead_of(kind, number), facts(rng, words) if words else "")

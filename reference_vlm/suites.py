@@ -1,7 +1,6 @@
 """Prompts beyond one picture: several pictures, short videos, and pictures followed by a long misleading text.
 
-A `Prompt` is what both training and evaluation ask: scenes in order, the words before each picture, a text between the
-pictures and the question, and the question itself. Every suite draws from a split's own random stream.
+Every suite draws from a split's own random stream; what trains, what builds codebooks and what is scored never overlap.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from reference_vlm.questions import NUMBERS, Question, color, pick, shape, with_article
+from reference_vlm.questions import FAMILIES, NUMBERS, Question, ask, color, pick, shape, with_article
 from reference_vlm.scenes import COLORS, GLYPHS, GRID, PATCH, SHAPES, SPLITS, Item, Scene, make_scene
 
 ORDINALS = ("first", "second", "third", "fourth")
@@ -30,6 +29,11 @@ class Prompt:
     lead: tuple[str, ...] = ("",)
     context: str = ""
 
+    @property
+    def scene(self) -> Scene:
+        """The first picture: the only one of the image suite."""
+        return self.scenes[0]
+
 
 Ask = Callable[[Sequence[Scene], np.random.Generator], Question | None]
 
@@ -43,12 +47,12 @@ def which(scenes: Sequence[Scene], rng: np.random.Generator) -> Question | None:
 
 
 def _of_one(family: str, asker: Callable[[Scene, np.random.Generator], Question | None]) -> Ask:
-    def ask(scenes: Sequence[Scene], rng: np.random.Generator) -> Question | None:
+    def ask_one(scenes: Sequence[Scene], rng: np.random.Generator) -> Question | None:
         k = int(rng.integers(len(scenes)))
         found = asker(scenes[k], rng)
         return found and Question(family, found.text.replace("?", f" in the {ORDINALS[k]} image?"), found.answer)
 
-    return ask
+    return ask_one
 
 
 def how_many(scenes: Sequence[Scene], rng: np.random.Generator) -> Question | None:
@@ -154,6 +158,70 @@ def ask_suite(askers: dict[str, Ask], scenes: Sequence[Scene], n: int, rng: np.r
         if question is not None and len(drawn) < n:
             drawn.setdefault(question.text, question)
     return tuple(drawn.values())
+
+
+def lead_of(kind: str, pictures: int) -> tuple[str, ...]:
+    """Words before each picture: pictures are numbered, a video is announced once."""
+    if kind == "images":
+        return tuple(f"{ORDINALS[k]} image :" for k in range(pictures))
+    return ("video :" if kind == "video" else "", *[""] * (pictures - 1))
+
+
+def image_prompt(split: str, index: int, family: str, rng: np.random.Generator) -> Prompt | None:
+    """One question of a single-image family about scene `index`."""
+    scene = make_scene(split, index)
+    question = ask(scene, family, rng)
+    return Prompt((scene,), question) if question else None
+
+
+def images_prompt(split: str, index: int, family: str, rng: np.random.Generator) -> Prompt | None:
+    """One question about two to four pictures."""
+    scenes = make_images(split, index, int(rng.integers(2, 5)))
+    question = IMAGES[family](scenes, rng)
+    return Prompt(tuple(scenes), question, lead_of("images", len(scenes))) if question else None
+
+
+def video_prompt(split: str, index: int, family: str, rng: np.random.Generator) -> Prompt | None:
+    """One question about a video of four frames."""
+    frames = make_video(split, index, 4)
+    question = frames and VIDEO[family](frames, rng)
+    return Prompt(tuple(frames), question, lead_of("video", len(frames))) if frames and question else None
+
+
+def text_prompt(split: str, index: int, family: str, rng: np.random.Generator, words: int | None = None) -> Prompt | None:
+    """A single-image question behind a text of `words` words (None: 128 to 1,024) that never has its answer."""
+    prompt = image_prompt(split, 3_000_000_000 + index, family, rng)
+    length = words or int(rng.choice((128, 256, 512, 1024)))
+    return replace(prompt, context=facts(rng, length, prompt.question.answer.split())) if prompt else None
+
+
+SUITES: dict[str, tuple[Callable[..., Prompt | None], tuple[str, ...]]] = {
+    "image": (image_prompt, tuple(f for f in FAMILIES if f != "describe")),
+    "images": (images_prompt, tuple(IMAGES)),
+    "video": (video_prompt, tuple(VIDEO)),
+    "text": (text_prompt, ("color", "shape", "count", "exist", "position", "read")),
+}
+"""Suite -> (one prompt or None, its families of questions)."""
+
+
+def make_suite(suite: str, split: str, per_family: int, families: Sequence[str] | None = None) -> list[Prompt]:
+    """`per_family` prompts of each family of a suite, on full-size scenes of a split; the same for every caller.
+
+    Raises:
+        KeyError, ValueError: no such suite, no such family.
+    """
+    draw, known = SUITES[suite]
+    prompts: list[Prompt] = []
+    for family in families or known:
+        k = known.index(family)
+        found: list[Prompt] = []
+        index = 0
+        while len(found) < per_family:
+            prompt = draw(split, index * len(FAMILIES) + k, family, np.random.default_rng((17, k, index)))
+            found += [prompt] if prompt else []
+            index += 1
+        prompts += found
+    return prompts
 
 
 def words_of_suites() -> list[str]:

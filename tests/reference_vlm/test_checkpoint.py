@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from reference_vlm import CHECKPOINT
-from reference_vlm.evaluate import accuracy, answers, object_tokens, question_set, random_tokens
+from reference_vlm.evaluate import accuracy, answers, object_tokens, random_tokens
+from reference_vlm.suites import make_suite
 from reference_vlm.train import Stage, train
 
 
@@ -35,7 +36,7 @@ FAMILIES = ("color", "shape", "exist", "position", "count")
 
 def test_it_answers_as_well_as_its_card_says(reference: tuple[Any, Any]) -> None:
     card = json.loads((CHECKPOINT / "scores.json").read_text())
-    items = question_set("test", 40, FAMILIES)
+    items = make_suite("image", "test", 40, FAMILIES)
     found = accuracy(items, answers(*reference, items))
     for family in FAMILIES:
         assert found[family] >= card["accuracy"][family] - 0.15, family  # 40 questions: three standard errors
@@ -44,7 +45,7 @@ def test_it_answers_as_well_as_its_card_says(reference: tuple[Any, Any]) -> None
 def test_its_answers_hang_on_the_objects_tokens(reference: tuple[Any, Any]) -> None:
     """What makes pruning results mean something: see the sanity checks of reference_vlm.evaluate."""
     model, processor = reference
-    items = question_set("validation", 24, FAMILIES)
+    items = make_suite("image", "validation", 24, FAMILIES)
     share = {
         "full": accuracy(items, answers(model, processor, items))["overall"],
         "objects": accuracy(items, answers(model, processor, items, keep=lambda s, k: object_tokens(s)))["overall"],

@@ -8,7 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from reference_vlm.questions import FAMILIES, NUMBERS, ask, ask_many, vocabulary
+from reference_vlm.model import vocabulary
+from reference_vlm.questions import FAMILIES, NUMBERS, ask, ask_many
 from reference_vlm.scenes import BACKGROUNDS, COLORS, GRID, PATCH, SHAPES, SPLITS, make_scene, patch_labels, render
 
 
