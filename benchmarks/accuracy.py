@@ -1,57 +1,95 @@
-"""Accuracy of the reference VLM against visual tokens kept: `python -m benchmarks.accuracy --codebook DIR`.
+"""Accuracy of the reference VLM against visual tokens kept: `python -m benchmarks.accuracy` (resumes when run again).
 
-Every method answers the same test questions (>= 2,000, scenes no codebook or tuning has seen) through the processor and
-`generate`. Percent of full is relative to the unpruned model; its 95% interval is a paired bootstrap over questions.
+Every method answers the same test questions (>= 2,000 a suite, scenes no codebook or tuning has seen) through the processor and
+`generate`. Percent of full is relative to the unpruned model; its 95% interval is a paired bootstrap over questions. What is
+answered is kept in `--work`, so an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import tempfile
-from collections.abc import Sequence
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
+from benchmarks.methods import METHODS, Setting
 from benchmarks.reference_codebook import build
 from benchmarks.report import publish
-from codebook_prune import Codebook, CodebookPruner, PyramidPruner, RandomPruner, UniformPruner, load_model
+from codebook_prune import Codebook, load_model
 from reference_vlm import CHECKPOINT
-from reference_vlm.evaluate import answers, is_right
-from reference_vlm.scenes import GRID
-from reference_vlm.suites import Prompt, make_suite
+from reference_vlm.evaluate import inputs_of, is_right
+from reference_vlm.suites import SUITES, Prompt, make_suite
 
-RATIOS = (0.5, 0.22, 0.11)
+RATIOS = (0.5, 0.33, 0.22, 0.11, 0.056)
+COUNTS = ("tokens_entering", "tokens_layer_avg", "tokens_final")
 console = Console(stderr=True)
 
 
-def pruners(codebook: Codebook, ratio: float, seed: int) -> dict[str, Any]:
-    """Every method at one budget; a new method is one line."""
-    return {
-        "random": RandomPruner(keep_ratio=ratio, seed=seed),
-        "uniform": UniformPruner(keep_ratio=ratio),
-        "codebook": CodebookPruner(codebook, keep_ratio=ratio),
-        "codebook | pyramid": CodebookPruner(codebook, keep_ratio=ratio) | PyramidPruner(),
-    }
+class Exam:
+    """The questions of one suite, their images encoded once: every method is asked the same."""
+
+    def __init__(self, model: Any, processor: Any, suite: str, split: str, per_family: int) -> None:
+        self.model, self.processor, self.suite = model, processor, suite
+        self.prompts = make_suite(suite, split, per_family)
+        self.batches = list(self._encode(64 if suite == "image" else 16))
+
+    @torch.inference_mode()
+    def _encode(self, size: int) -> Iterator[tuple[list[Prompt], dict[str, Any]]]:
+        for start in range(0, len(self.prompts), size):
+            part = self.prompts[start : start + size]
+            inputs = dict(inputs_of(self.processor, part).to(self.model.device))
+            pixels = inputs.pop("pixel_values").to(self.model.dtype)
+            encoded = self.model.get_image_features(pixel_values=pixels, return_dict=True)
+            encoded.hidden_states = encoded.attentions = encoded.last_hidden_state = None
+            yield part, {**inputs, "mm_encoder_outputs": {"image": encoded}}
+
+    @torch.inference_mode()
+    def take(self, pruner: Any | None) -> tuple[NDArray[np.bool_], dict[str, float]]:
+        """(right per question [n], visual tokens of an image: entering the LLM, layer-averaged, in the last layer)."""
+        right: list[bool] = []
+        with pruner(self.model) if pruner is not None else nullcontext():
+            for part, inputs in self.batches:
+                ids = self.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+                given = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+                right += [is_right(p.question, a) for p, a in zip(part, given, strict=True)]
+        counts = dict.fromkeys(COUNTS, float(self.model.config.image_seq_length))
+        if pruner is not None:
+            stats = pruner.stats
+            found = (np.mean(stats.tokens_after), stats.layer_averaged_tokens, np.mean(stats.tokens_final))
+            counts = dict(zip(COUNTS, map(float, found), strict=True))
+        return np.array(right), counts
 
 
-def rights(
-    model: Any, processor: Any, items: Sequence[Prompt], pruner: Any | None
-) -> tuple[NDArray[np.bool_], dict[str, float]]:
-    """(right per question [n], mean visual tokens of an image: entering the LLM, layer-averaged, in the last layer)."""
-    with pruner(model) if pruner is not None else nullcontext():
-        given = answers(model, processor, items)
-    right = np.array([is_right(i.question, a) for i, a in zip(items, given, strict=True)])
-    counts = dict.fromkeys(("tokens_entering", "tokens_layer_avg", "tokens_final"), float(GRID * GRID))
-    if pruner is not None:
-        stats = pruner.stats
-        found = (np.mean(stats.tokens_after), stats.layer_averaged_tokens, np.mean(stats.tokens_final))
-        counts = dict(zip(counts, map(float, found), strict=True))
-    return right, counts
+class Work:
+    """Answers already given: one JSON line per suite, method and ratio in a file named after everything they depend on."""
+
+    def __init__(self, folder: Path, **identity: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        self.path = folder / f"{name}.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.done = {tuple(row["key"]): row for row in map(json.loads, lines)}
+
+    def get(self, key: tuple[str, str, float]) -> tuple[NDArray[np.bool_], dict[str, float]] | None:
+        """What was stored under (suite, method, ratio)."""
+        row = self.done.get(key)
+        return row and (np.array(list(row["right"])) == "1", row["counts"])
+
+    def put(self, key: tuple[str, str, float], right: NDArray[np.bool_], counts: dict[str, float]) -> None:
+        """Append one line."""
+        row = {"key": key, "right": "".join("01"[int(r)] for r in right), "counts": counts}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.done[key] = row
 
 
 def interval(full: NDArray[np.bool_], pruned: NDArray[np.bool_], seed: int, draws: int = 2000) -> tuple[float, float]:
@@ -64,13 +102,13 @@ def interval(full: NDArray[np.bool_], pruned: NDArray[np.bool_], seed: int, draw
 
 
 def rows_of(
-    items: Sequence[Prompt], full: NDArray[np.bool_], right: NDArray[np.bool_], seed: int, **fields: Any
+    prompts: Sequence[Prompt], full: NDArray[np.bool_], right: NDArray[np.bool_], seed: int, **fields: Any
 ) -> list[dict[str, Any]]:
     """One row overall and one a question family."""
-    families = np.array([i.question.family for i in items])
+    families = np.array([p.question.family for p in prompts])
     rows = []
     for family in ("overall", *dict.fromkeys(families)):
-        chosen = np.ones(len(items), bool) if family == "overall" else families == family
+        chosen = np.ones(len(prompts), bool) if family == "overall" else families == family
         accuracy, base = float(right[chosen].mean()), float(full[chosen].mean())
         rows.append(
             {
@@ -86,26 +124,55 @@ def rows_of(
     return rows
 
 
+def examine(exam: Exam, codebook: Codebook, work: Work, methods: Sequence[str], seed: int) -> list[dict[str, Any]]:
+    """All rows of one suite: unpruned, then every method at every ratio it can reach."""
+    rows = []
+    layers = exam.model.config.get_text_config().num_hidden_layers
+    full: NDArray[np.bool_] | None = None
+    for ratio, name in ((1.0, "unpruned"), *((r, m) for r in RATIOS for m in methods)):
+        key = (exam.suite, name, ratio)
+        found = work.get(key)
+        if found is None:
+            pruner = None if name == "unpruned" else METHODS[name](Setting(codebook, ratio, layers, seed))
+            if pruner is None and name != "unpruned":
+                continue
+            started = time.perf_counter()
+            found = exam.take(pruner)
+            work.put(key, *found)
+            seconds = time.perf_counter() - started
+            console.print(f"{exam.suite}: {name} at {ratio:.1%}: {100 * found[0].mean():.1f}% right, {seconds:.0f} s")
+        right, counts = found
+        full = right if full is None else full
+        rows += rows_of(exam.prompts, full, right, seed, method=name, suite=exam.suite, keep_ratio=ratio, **counts)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--codebook", type=Path, help="default: build one from 240 scenes of the codebook split")
-    parser.add_argument("--per-family", type=int, default=260)
+    parser.add_argument("--suites", nargs="+", choices=tuple(SUITES), default=list(SUITES))
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
+    parser.add_argument("--questions", type=int, default=2016, help="a suite, spread evenly over its families")
     parser.add_argument("--split", default="test")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, default=Path("runs/accuracy"), help="answers given so far")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/accuracy.json")
     args = parser.parse_args()
     model, processor = load_model(str(CHECKPOINT))
-    items = make_suite("image", args.split, args.per_family)
-    with tempfile.TemporaryDirectory() as folder:
-        codebook = Codebook.from_pretrained(args.codebook or build(Path(folder)))
-        full, counts = rights(model, processor, items, None)
-        rows = rows_of(items, full, full, args.seed, method="unpruned", suite="image", keep_ratio=1.0, **counts)
-        for ratio in RATIOS:
-            for name, pruner in pruners(codebook, ratio, args.seed).items():
-                right, counts = rights(model, processor, items, pruner)
-                rows += rows_of(items, full, right, args.seed, method=name, suite="image", keep_ratio=ratio, **counts)
-                console.print(f"{name} at {ratio:.0%}: {100 * right.mean() / full.mean():.1f}% of full")
-        publish("accuracy", rows, args.seed, out=args.out)
+    weights = hashlib.sha256((CHECKPOINT / "model.safetensors").read_bytes()).hexdigest()
+    folder = args.codebook or args.work / f"codebook-{weights[:12]}"
+    if args.codebook is None and not (folder / "codebook").exists():
+        build(folder)
+    folder = args.codebook or folder / "codebook"
+    codebook = Codebook.from_pretrained(folder)
+    manifest = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    identity = {"model": weights, "codebook": manifest, "split": args.split, "seed": args.seed}
+    work = Work(args.work, questions=args.questions, **identity)
+    rows = []
+    for suite in args.suites:
+        exam = Exam(model, processor, suite, args.split, args.questions // len(SUITES[suite][1]))
+        rows += examine(exam, codebook, work, args.methods, args.seed)
+    publish("accuracy", rows, args.seed, out=args.out)
 
 
 if __name__ == "__main__":
