@@ -11,7 +11,7 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL.Image import Image
 from rich.console import Console
 
 from benchmarks.methods import METHODS, Setting
@@ -27,6 +28,7 @@ from benchmarks.report import publish
 from codebook_prune import Codebook, load_model
 from reference_vlm import CHECKPOINT
 from reference_vlm.evaluate import inputs_of, is_right
+from reference_vlm.scenes import Scene, render
 from reference_vlm.suites import SUITES, Prompt, make_suite
 
 RATIOS = (0.5, 0.33, 0.22, 0.11, 0.056)
@@ -35,18 +37,19 @@ console = Console(stderr=True)
 
 
 class Exam:
-    """The questions of one suite, their images encoded once: every method is asked the same."""
+    """Questions whose images are encoded once: every method is asked the same. `draw` makes a scene's picture."""
 
-    def __init__(self, model: Any, processor: Any, suite: str, split: str, per_family: int) -> None:
-        self.model, self.processor, self.suite = model, processor, suite
-        self.prompts = make_suite(suite, split, per_family)
-        self.batches = list(self._encode(64 if suite == "image" else 16))
+    def __init__(self, model: Any, processor: Any, prompts: Sequence[Prompt], draw: Callable[[Scene], Image] = render) -> None:
+        self.model, self.processor, self.prompts = model, processor, prompts
+        self.batches = list(self._encode(draw))
 
     @torch.inference_mode()
-    def _encode(self, size: int) -> Iterator[tuple[list[Prompt], dict[str, Any]]]:
+    def _encode(self, draw: Callable[[Scene], Image]) -> Iterator[tuple[list[Prompt], dict[str, Any]]]:
+        short = all(len(p.scenes) == 1 and not p.context for p in self.prompts)
+        size = 64 if short else 16
         for start in range(0, len(self.prompts), size):
-            part = self.prompts[start : start + size]
-            inputs = dict(inputs_of(self.processor, part).to(self.model.device))
+            part = list(self.prompts[start : start + size])
+            inputs = dict(inputs_of(self.processor, part, draw).to(self.model.device))
             pixels = inputs.pop("pixel_values").to(self.model.dtype)
             encoded = self.model.get_image_features(pixel_values=pixels, return_dict=True)
             encoded.hidden_states = encoded.attentions = encoded.last_hidden_state = None
@@ -66,15 +69,29 @@ class Exam:
             stats = pruner.stats
             found = (np.mean(stats.tokens_after), stats.layer_averaged_tokens, np.mean(stats.tokens_final))
             counts = dict(zip(COUNTS, map(float, found), strict=True))
+            if stats.text_before:
+                counts |= {"text_entering": float(np.mean(stats.text_before)), "text_final": float(np.mean(stats.text_final))}
         return np.array(right), counts
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def reference_codebook(work: Path) -> Path:
+    """The codebook of 240 scenes for the shipped weights, built once and kept in `work`."""
+    folder = work / f"codebook-{digest_of(CHECKPOINT / 'model.safetensors')[:12]}"
+    return folder / "codebook" if (folder / "codebook" / "manifest.json").exists() else build(folder)
 
 
 class Work:
     """Answers already given: one JSON line per suite, method and ratio in a file named after everything they depend on."""
 
-    def __init__(self, folder: Path, **identity: Any) -> None:
+    def __init__(self, folder: Path, codebook: Path, **identity: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        hashes = [digest_of(CHECKPOINT / "model.safetensors"), digest_of(codebook / "manifest.json")]
+        name = hashlib.sha256(json.dumps([hashes, identity], sort_keys=True).encode()).hexdigest()[:16]
         self.path = folder / f"{name}.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.done = {tuple(row["key"]): row for row in map(json.loads, lines)}
@@ -124,13 +141,13 @@ def rows_of(
     return rows
 
 
-def examine(exam: Exam, codebook: Codebook, work: Work, methods: Sequence[str], seed: int) -> list[dict[str, Any]]:
+def examine(exam: Exam, suite: str, codebook: Codebook, work: Work, methods: Sequence[str], seed: int) -> list[dict[str, Any]]:
     """All rows of one suite: unpruned, then every method at every ratio it can reach."""
     rows = []
     layers = exam.model.config.get_text_config().num_hidden_layers
     full: NDArray[np.bool_] | None = None
     for ratio, name in ((1.0, "unpruned"), *((r, m) for r in RATIOS for m in methods)):
-        key = (exam.suite, name, ratio)
+        key = (suite, name, ratio)
         found = work.get(key)
         if found is None:
             pruner = None if name == "unpruned" else METHODS[name](Setting(codebook, ratio, layers, seed))
@@ -140,10 +157,10 @@ def examine(exam: Exam, codebook: Codebook, work: Work, methods: Sequence[str], 
             found = exam.take(pruner)
             work.put(key, *found)
             seconds = time.perf_counter() - started
-            console.print(f"{exam.suite}: {name} at {ratio:.1%}: {100 * found[0].mean():.1f}% right, {seconds:.0f} s")
+            console.print(f"{suite}: {name} at {ratio:.1%}: {100 * found[0].mean():.1f}% right, {seconds:.0f} s")
         right, counts = found
         full = right if full is None else full
-        rows += rows_of(exam.prompts, full, right, seed, method=name, suite=exam.suite, keep_ratio=ratio, **counts)
+        rows += rows_of(exam.prompts, full, right, seed, method=name, suite=suite, keep_ratio=ratio, **counts)
     return rows
 
 
@@ -159,19 +176,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/accuracy.json")
     args = parser.parse_args()
     model, processor = load_model(str(CHECKPOINT))
-    weights = hashlib.sha256((CHECKPOINT / "model.safetensors").read_bytes()).hexdigest()
-    folder = args.codebook or args.work / f"codebook-{weights[:12]}"
-    if args.codebook is None and not (folder / "codebook").exists():
-        build(folder)
-    folder = args.codebook or folder / "codebook"
+    folder = args.codebook or reference_codebook(args.work)
     codebook = Codebook.from_pretrained(folder)
-    manifest = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
-    identity = {"model": weights, "codebook": manifest, "split": args.split, "seed": args.seed}
-    work = Work(args.work, questions=args.questions, **identity)
+    work = Work(args.work, codebook=folder, split=args.split, seed=args.seed, questions=args.questions)
     rows = []
     for suite in args.suites:
-        exam = Exam(model, processor, suite, args.split, args.questions // len(SUITES[suite][1]))
-        rows += examine(exam, codebook, work, args.methods, args.seed)
+        exam = Exam(model, processor, make_suite(suite, args.split, args.questions // len(SUITES[suite][1])))
+        rows += examine(exam, suite, codebook, work, args.methods, args.seed)
     publish("accuracy", rows, args.seed, out=args.out)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL.Image import Image
 from torch import Tensor
 
 from reference_vlm import CHECKPOINT
@@ -35,11 +36,11 @@ def prompt_of(processor: Any, text: str, lead: Sequence[str] = ("",)) -> str:
     return str(processor.apply_chat_template([message], add_generation_prompt=True))
 
 
-def inputs_of(processor: Any, prompts: Sequence[Prompt]) -> Any:
+def inputs_of(processor: Any, prompts: Sequence[Prompt], draw: Callable[[Scene], Image] = render) -> Any:
     """What a user would hand to the model: the processor's output for pictures and chat-template prompts, left-padded."""
     texts = [" ".join(filter(None, (p.context, p.question.text))) for p in prompts]
     return processor(
-        images=[render(scene) for p in prompts for scene in p.scenes],
+        images=[draw(scene) for p in prompts for scene in p.scenes],
         text=[prompt_of(processor, text, p.lead) for p, text in zip(prompts, texts, strict=True)],
         return_tensors="pt",
         padding=True,

@@ -19,7 +19,7 @@ from reference_vlm.suites import make_suite
 
 @pytest.fixture(scope="module")
 def exam(reference: tuple[Any, Any]) -> Exam:
-    return Exam(*reference, "image", "validation", 1)
+    return Exam(*reference, make_suite("image", "validation", 1))
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +50,8 @@ def test_stage_ratio_solves_its_equation() -> None:
 
 
 def test_encoding_images_once_changes_no_answer(reference: tuple[Any, Any]) -> None:
-    exam = Exam(*reference, "images", "validation", 2)
-    right, counts = exam.take(None)
     prompts = make_suite("images", "validation", 2)
+    right, counts = Exam(*reference, prompts).take(None)
     plain = [is_right(p.question, a) for p, a in zip(prompts, answers(*reference, prompts, batch=16), strict=True)]
     assert right.tolist() == plain
     assert counts["tokens_final"] == 144
@@ -60,12 +59,17 @@ def test_encoding_images_once_changes_no_answer(reference: tuple[Any, Any]) -> N
 
 def test_work_is_kept_by_everything_it_depends_on(tmp_path: Path) -> None:
     right = np.array([True, False, True])
-    Work(tmp_path, seed=0).put(("image", "random", 0.5), right, {"tokens_final": 72.0})
-    found = Work(tmp_path, seed=0).get(("image", "random", 0.5))
+    book = tmp_path / "book"
+    book.mkdir()
+    (book / "manifest.json").write_text("{}")
+    Work(tmp_path, book, seed=0).put(("image", "random", 0.5), right, {"tokens_final": 72.0})
+    found = Work(tmp_path, book, seed=0).get(("image", "random", 0.5))
     assert found is not None
     assert found[0].tolist() == right.tolist()
     assert found[1] == {"tokens_final": 72.0}
-    assert Work(tmp_path, seed=1).get(("image", "random", 0.5)) is None
+    assert Work(tmp_path, book, seed=1).get(("image", "random", 0.5)) is None
+    (book / "manifest.json").write_text("{ }")
+    assert Work(tmp_path, book, seed=0).get(("image", "random", 0.5)) is None
 
 
 def test_interval_holds_the_ratio_and_shrinks_with_agreement() -> None:
