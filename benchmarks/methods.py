@@ -10,7 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from codebook_prune import Codebook, CodebookPruner, FastVPruner, PyramidPruner, RandomPruner, UniformPruner
+from codebook_prune import (
+    CDPrunerPruner,
+    Codebook,
+    CodebookDiversityPruner,
+    CodebookPruner,
+    DivPrunePruner,
+    FastVPruner,
+    PyramidPruner,
+    RandomPruner,
+    UniformPruner,
+)
 
 STAGES = 4
 """PyramidDrop's stages of equal depth."""
@@ -66,6 +76,9 @@ METHODS: dict[str, Make] = {
     "uniform": lambda s: UniformPruner(keep_ratio=s.ratio),
     "FastV": fastv,
     "PyramidDrop": pyramid,
+    "DivPrune": lambda s: DivPrunePruner(keep_ratio=s.ratio),
+    "CDPruner": lambda s: CDPrunerPruner(keep_ratio=s.ratio),
     "codebook": lambda s: CodebookPruner(s.codebook, keep_ratio=s.ratio),
+    "codebook and diversity": lambda s: CodebookDiversityPruner(s.codebook, keep_ratio=s.ratio),
     "codebook | pyramid": codebook_pyramid,
 }
