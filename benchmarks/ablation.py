@@ -18,6 +18,7 @@ from rich.console import Console
 from benchmarks.accuracy import Exam, Work, interval
 from benchmarks.report import publish
 from codebook_prune import Codebook, CodebookDiversityPruner, CodebookPruner, load_model
+from codebook_prune.pruners.base import Pruner
 from codebook_schemas import BuildConfig
 from reference_vlm import CHECKPOINT
 from reference_vlm.shards import build_config, write_scene_shards
@@ -63,13 +64,25 @@ VARIANTS = (
 )
 
 
-def codebook_of(variant: Variant, work: Path) -> Path:
-    """Build the variant's codebook in `work`, or select it from scores that are already there; kept for the next run."""
-    images = write_once(work, variant)
+def pruner_of(variant: Variant, codebook: Codebook, ratio: float) -> Pruner:
+    """The variant's pruner at a budget."""
+    method = CodebookDiversityPruner if variant.diversity else CodebookPruner
+    return method(codebook, keep_ratio=ratio, **variant.pruner)
+
+
+def settings_of(variant: Variant, images: list[Path]) -> dict[str, Any]:
+    """The variant's build configuration, its output not yet set."""
     settings = build_config(images, Path("unset"))
     settings["selection"]["min_images"] = max(1, variant.images // 60)
     for section, keys in variant.build.items():
         settings[section] = {**settings[section], **keys}
+    return settings
+
+
+def codebook_of(variant: Variant, work: Path) -> Path:
+    """Build the variant's codebook in `work`, or select it from scores that are already there; kept for the next run."""
+    images = write_once(work, variant)
+    settings = settings_of(variant, images)
     config = BuildConfig.parse(settings)
     folder = work / f"book-{images[0].parent.name}-{config.content_hash}"
     if (folder / "manifest.json").exists():
@@ -112,12 +125,11 @@ def main() -> None:
         folder = codebook_of(variant, args.work)
         codebook = Codebook.from_pretrained(folder)
         work = Work(args.work, folder, questions=args.questions)
-        method = CodebookDiversityPruner if variant.diversity else CodebookPruner
         for ratio in RATIOS:
             key = ("validation", repr((variant.diversity, sorted(variant.pruner.items()))), ratio)
             found = work.get(key)
             if found is None:
-                found = exam.take(method(codebook, keep_ratio=ratio, **variant.pruner))
+                found = exam.take(pruner_of(variant, codebook, ratio))
                 work.put(key, *found)
             right = found[0]
             rows.append(
