@@ -52,7 +52,7 @@ class Exam:
             inputs = dict(inputs_of(self.processor, part, draw).to(self.model.device))
             pixels = inputs.pop("pixel_values").to(self.model.dtype)
             encoded = self.model.get_image_features(pixel_values=pixels, return_dict=True)
-            encoded.hidden_states = encoded.attentions = encoded.last_hidden_state = None
+            encoded.hidden_states = encoded.attentions = None
             yield part, {**inputs, "mm_encoder_outputs": {"image": encoded}}
 
     @torch.inference_mode()

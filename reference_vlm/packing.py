@@ -10,10 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from reference_vlm.questions import Question, ask_many
-from reference_vlm.scenes import Scene, draw_size, make_scene
+from reference_vlm.scenes import SMALLEST, Scene, draw_size, make_scene
 from reference_vlm.suites import IMAGES, VIDEO, ask_suite, facts, lead_of, make_images, make_video
 
 IGNORE = -100
+FAR = 7
+"""Least width of an object in a third of the training pictures: real ones are also taken from afar."""
 KINDS = {"image": 0.64, "images": 0.14, "video": 0.1, "text": 0.12}
 """Share of the steps of stage 1 spent on single pictures, several, videos, and pictures with a long text."""
 
@@ -111,6 +113,6 @@ def make_sheet(kind: str, index: int, pictures: int, size: tuple[int, int], word
     if frames is not None:
         about = (*ask_suite(VIDEO, frames, 2, rng), *ask_many(frames[0], 4, rng, ("color", "shape", "count", "exist")))
         return Sheet(tuple(frames), about, lead_of(kind, pictures))
-    scene = make_scene("train", index, size=size)
+    scene = make_scene("train", index, size=size, smallest=SMALLEST if index % 3 else FAR)
     number = pictures if kind == "video" else 1  # nothing in it can move: a still video
     return Sheet((scene,) * number, tuple(ask_many(scene, 10, rng)), lead_of(kind, number), facts(rng, words) if words else "")

@@ -17,6 +17,8 @@ PATCH = 8
 GRID = 12
 SIDE = PATCH * GRID
 PADDING = 128
+SMALLEST = 11
+"""Least width of an object, pixels."""
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (225, 35, 35),
@@ -101,7 +103,14 @@ class Scene:
         return mask.reshape(-1)
 
 
-def make_scene(split: str, index: int, *, size: tuple[int, int] | None = (GRID, GRID), background: str | None = None) -> Scene:
+def make_scene(
+    split: str,
+    index: int,
+    *,
+    size: tuple[int, int] | None = (GRID, GRID),
+    background: str | None = None,
+    smallest: int = SMALLEST,
+) -> Scene:
     """Draw scene number `index` of a split; splits never share a random stream.
 
     Args:
@@ -109,6 +118,7 @@ def make_scene(split: str, index: int, *, size: tuple[int, int] | None = (GRID, 
         index: scene number, >= 0.
         size: (columns, rows) in patches, each 2..12; None draws one.
         background: one of `BACKGROUNDS`; None draws one.
+        smallest: least width of an object, pixels (wider than the picture: what fits).
     """
     seed = (SPLITS[split], index)
     rng = np.random.default_rng(seed)
@@ -122,7 +132,7 @@ def make_scene(split: str, index: int, *, size: tuple[int, int] | None = (GRID, 
     if min(columns, rows) >= 5 and rng.random() < 0.6:
         glyph = _place(rng, taken, columns, rows, "glyph", "white", 16, 20)
         text = str(rng.choice(list(GLYPHS)))
-    objects = _draw_objects(rng, taken, columns, rows)
+    objects = _draw_objects(rng, taken, columns, rows, smallest)
     if glyph not in taken:
         glyph = None
     return Scene(seed, columns, rows, left, top, chosen, tuple(objects), glyph, text if glyph else "")
@@ -138,7 +148,7 @@ def draw_size(rng: np.random.Generator) -> tuple[int, int]:
     return int(columns), int(rows)
 
 
-def _draw_objects(rng: np.random.Generator, taken: list[Item], columns: int, rows: int) -> list[Item]:
+def _draw_objects(rng: np.random.Generator, taken: list[Item], columns: int, rows: int, smallest: int) -> list[Item]:
     limit = max(1, min(5, columns * rows // 16))
     wanted = int(rng.integers(1, limit + 1))
     shapes, colors = list(SHAPES), list(COLORS)
@@ -150,14 +160,14 @@ def _draw_objects(rng: np.random.Generator, taken: list[Item], columns: int, row
     objects: list[Item] = []
     largest = min(34, min(columns, rows) * PATCH)
     for _ in range(wanted):
-        smallest = min(11, largest)
-        size = round(smallest * (largest / smallest) ** rng.random())  # small ones are the more common, as in photographs
+        least = min(smallest, largest)
+        size = round(least * (largest / least) ** rng.random())  # small ones are the more common, as in photographs
         item = _place(rng, taken, columns, rows, str(rng.choice(shapes)), str(rng.choice(colors)), size, size)
         if item is not None:
             objects.append(item)
     if not objects:  # the plate took all the room: it goes, a scene always shows an object
         taken.clear()
-        return _draw_objects(rng, taken, columns, rows)
+        return _draw_objects(rng, taken, columns, rows, smallest)
     return objects
 
 
@@ -258,7 +268,8 @@ def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
     """Dense supervision on the canvas grid, each [GRID * GRID].
 
     shape, color, glyph: class of the item that covers most of the patch (0 = none). offset: [.., 2], from the patch's centre
-    to the item's centre in patches. size: item width in patches (0 = none).
+    to the item's centre in patches. size: item width in patches (0 = none). where: [.., 2], the patch's centre as a fraction of
+    the picture's width and height (outside it below 0 or above 1).
     """
     cover = np.full((GRID * PATCH, GRID * PATCH), -1)
     items = [*scene.objects, *([scene.glyph] if scene.glyph else [])]
@@ -272,7 +283,10 @@ def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
     owner = np.where(counts.max(1) >= 6, counts.argmax(1), -1)
     labels = {name: np.zeros(GRID * GRID, np.int64) for name in ("shape", "color", "glyph")}
     labels["offset"], labels["size"] = np.zeros((GRID * GRID, 2), np.float32), np.zeros(GRID * GRID, np.float32)
-    where = np.arange(GRID * GRID)
+    cells = np.arange(GRID * GRID)
+    labels["where"] = np.stack(
+        [(cells % GRID + 0.5 - scene.left) / scene.columns, (cells // GRID + 0.5 - scene.top) / scene.rows], 1
+    ).astype(np.float32)
     for i, item in enumerate(items):
         mine = owner == i
         if item.shape == "glyph":
@@ -281,6 +295,6 @@ def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
             labels["shape"][mine] = 1 + SHAPES.index(item.shape)
             labels["color"][mine] = 1 + list(COLORS).index(item.color)
         cx, cy = (item.center[0] + x0) / PATCH, (item.center[1] + y0) / PATCH
-        labels["offset"][mine] = np.stack([cx - (where % GRID + 0.5), cy - (where // GRID + 0.5)], 1)[mine]
+        labels["offset"][mine] = np.stack([cx - (cells % GRID + 0.5), cy - (cells // GRID + 0.5)], 1)[mine]
         labels["size"][mine] = item.size / PATCH
     return labels

@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from reference_vlm.model import build_model, build_processor, build_tokenizer
-from reference_vlm.packing import IGNORE, Packer, draw_sheets
-from reference_vlm.scenes import COLORS, GLYPHS, SHAPES, Scene, make_scene, patch_labels, render
+from reference_vlm.packing import FAR, IGNORE, Packer, draw_sheets
+from reference_vlm.scenes import COLORS, GLYPHS, SHAPES, SMALLEST, Scene, make_scene, patch_labels, render
 
 Batch = dict[str, Tensor]
 Draw = Callable[[int], Batch]
@@ -49,6 +49,7 @@ class DenseHeads(nn.Module):
         self.color = nn.Linear(width, 1 + len(COLORS))
         self.glyph = nn.Linear(width, 1 + len(GLYPHS))
         self.place = nn.Linear(width, 3)
+        self.where = nn.Linear(width, 2)
         self.present = nn.Linear(width, len(SHAPES) * len(COLORS))
         self.present_early = nn.Linear(width, len(SHAPES) * len(COLORS))
 
@@ -61,7 +62,7 @@ def pixels_of(scenes: list[Scene]) -> Tensor:
 
 def draw_dense(step: int) -> Batch:
     """Stage 0's data: 48 pictures of any size with their labels on the canvas grid."""
-    scenes = [make_scene("train", step * 4096 + i, size=None) for i in range(48)]
+    scenes = [make_scene("train", step * 4096 + i, size=None, smallest=SMALLEST if i % 3 else FAR) for i in range(48)]
     labels = [patch_labels(s) for s in scenes]
     present = torch.zeros(len(scenes), len(SHAPES) * len(COLORS))
     for i, scene in enumerate(scenes):
@@ -90,6 +91,7 @@ def dense_loss(tower: Callable[..., Any], heads: DenseHeads, batch: Batch) -> Te
     place = heads.place(patches)
     wanted = torch.cat([batch["offset"], batch["size"].unsqueeze(-1)], -1)[visible]
     loss = loss + (F.l1_loss(place, wanted, reduction="none") * owned).sum() / owned.sum().clamp(min=1) / 3
+    loss = loss + 2 * F.l1_loss(heads.where(patches), batch["where"][visible])
     for head, feature in ((heads.present, out.pooler_output), (heads.present_early, early[:, 0])):
         loss = loss + 4 * F.binary_cross_entropy_with_logits(head(feature), batch["present"])
     return loss
