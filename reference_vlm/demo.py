@@ -168,19 +168,25 @@ def prefill_ms(model: Any, processor: Any, prompt: Prompt, pruners: Sequence[Any
     return [statistics.median(t) for t in times]
 
 
+def pruners(codebook: Any, ratio: float) -> dict[str, Any]:
+    """What is compared at one budget."""
+    from codebook_prune import CodebookDiversityPruner, CodebookPruner, RandomPruner
+
+    return {
+        "codebook and diversity": CodebookDiversityPruner(codebook, keep_ratio=ratio),
+        "codebook": CodebookPruner(codebook, keep_ratio=ratio),
+        "random": RandomPruner(keep_ratio=ratio),
+    }
+
+
 def compare(model: Any, processor: Any, codebook: Any, questions: int) -> list[Result]:
     """Held-out questions, unpruned and with every method at every ratio."""
     from rich.progress import track
 
-    from codebook_prune import CodebookPruner, RandomPruner
-
     items = make_suite("image", "test", questions // len(FAMILIES), FAMILIES)
     methods: list[tuple[str, float, Any]] = [("unpruned", 1.0, None)]
     for ratio in RATIOS[1:]:
-        methods += [
-            ("codebook", ratio, CodebookPruner(codebook, keep_ratio=ratio)),
-            ("random", ratio, RandomPruner(keep_ratio=ratio)),
-        ]
+        methods += [(name, ratio, pruner) for name, pruner in pruners(codebook, ratio).items()]
     times = prefill_ms(model, processor, items[0], [pruner for _, _, pruner in methods])
     results = []
     for (name, ratio, pruner), ms in zip(track(methods, "asking", console=console), times, strict=True):
@@ -213,14 +219,13 @@ def print_table(results: Sequence[Result], questions: int) -> None:
 
 def draw_overlays(model: Any, processor: Any, codebook: Any, path: Path, scene_number: int = 20) -> None:
     """One held-out image with the dropped tokens greyed out, at every ratio side by side."""
-    from codebook_prune import CodebookPruner
     from codebook_prune.overlay import draw_overlay, enlarged, save_picture, sheet
 
     image = render(make_scene("test", scene_number))
     inputs = processor(images=[image], text=[prompt_of(processor, "Describe the image.")], return_tensors="pt")
     pictures, captions = [enlarged(image)[0]], [f"all {GRID * GRID} tokens"]
     for ratio in RATIOS[1:]:
-        pruner = CodebookPruner(codebook, keep_ratio=ratio)
+        pruner = pruners(codebook, ratio)["codebook and diversity"]
         with torch.inference_mode(), pruner(model):
             model(**inputs, logits_to_keep=1)
         kept, position = pruner.stats.kept[0].cpu(), pruner.stats.position[0].cpu()
@@ -238,10 +243,10 @@ def draw_chart(results: Sequence[Result], questions: int, path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4))
     full = 100 * results[0].right / questions
-    for k, (name, color) in enumerate((("codebook", "#2563eb"), ("random", "#9ca3af"))):
+    for k, (name, color) in enumerate((("codebook and diversity", "#2563eb"), ("codebook", "#93c5fd"), ("random", "#9ca3af"))):
         mine = [r for r in results if r.method == name]
         bars = axes.bar(
-            [i + 0.38 * (k - 0.5) for i in range(len(mine))], [100 * r.right / questions for r in mine], 0.36, color=color
+            [i + 0.28 * (k - 1) for i in range(len(mine))], [100 * r.right / questions for r in mine], 0.26, color=color
         )
         axes.bar_label(bars, fmt="%.0f")
         bars.set_label(name)
