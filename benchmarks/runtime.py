@@ -25,6 +25,8 @@ from benchmarks.report import publish
 from codebook_prune import Codebook, CodebookPruner, RandomPruner, load_model
 from codebook_prune.adapters.base import VisualTokens
 from codebook_prune.adapters.loading import adapter_for
+from codebook_prune.flops import decoder_flops
+from codebook_prune.spec import parse_pruner
 from codebook_schemas import CodebookManifest, FileEntry, ModelInfo, Part, Thresholds
 from reference_vlm import CHECKPOINT
 
@@ -32,6 +34,10 @@ console = Console(stderr=True)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TEXT_TOKENS = 40
 NEW_TOKENS = 8
+BEFORE = ("random", "uniform", "codebook_diversity", "divprune", "cdpruner", "visionzip", "pool")
+"""Pruners before layer 0, by their specs, timed at 22%."""
+INSIDE = ("fastv(keep_ratio=0.22)", "pyramid", "context(layers=2)")
+"""Pruners inside the decoder: everything enters."""
 
 
 def random_codebook(rows: int, dimension: int, *, fingerprint: str | None = None) -> Codebook:
@@ -104,8 +110,8 @@ def pruner_rows(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def random_llava(grid: int, width: int, layers: int) -> tuple[Any, dict[str, torch.Tensor]]:
-    """A LLaVA of random weights with grid x grid visual tokens and a small tower, and one input for it."""
+def random_llava(grid: int, width: int, layers: int, images: int = 1) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A LLaVA of random weights with grid x grid visual tokens an image and a small tower, and one prompt of `images`."""
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
         hidden_size=256, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=4, image_size=14 * grid, patch_size=14
@@ -118,8 +124,10 @@ def random_llava(grid: int, width: int, layers: int) -> tuple[Any, dict[str, tor
     model: Any = LlavaForConditionalGeneration(config).eval().to(DEVICE)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
-    ids = torch.cat([torch.tensor([1]), torch.full((grid * grid,), 999), torch.arange(3, 3 + TEXT_TOKENS)])[None].to(DEVICE)
-    pixels = torch.randn(1, 3, 14 * grid, 14 * grid, device=DEVICE)
+    ids = torch.cat([torch.tensor([1]), torch.full((images * grid * grid,), 999), torch.arange(3, 3 + TEXT_TOKENS)])[None].to(
+        DEVICE
+    )
+    pixels = torch.randn(images, 3, 14 * grid, 14 * grid, device=DEVICE)
     return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
 
@@ -153,14 +161,31 @@ def measure(model: Any, inputs: dict[str, torch.Tensor], pruner: Any | None) -> 
     return found
 
 
+def flops_ratio(model: Any, stats: Any, visual: int, text: int) -> float:
+    """What Eq. 4 promises of a prompt's prefill against unpruned: its tokens averaged over layers, the decoder alone."""
+    config = model.config.get_text_config()
+    images = len(stats.tokens_before) // stats.calls
+    left = stats.layer_averaged_tokens * images
+    if stats.text_before:
+        text = round((sum(stats.text_before) + sum(stats.text_final)) / 2 / len(stats.text_before))
+    whole, pruned = (decoder_flops([n], config.hidden_size, config.intermediate_size) for n in (visual + text, left + text))
+    return pruned / whole
+
+
 def model_rows(name: str, model: Any, inputs: dict[str, torch.Tensor], rounds: int) -> list[dict[str, Any]]:
     """Part 2 for one model: methods interleaved, round by round."""
-    visual = int(adapter_for(model).visual_mask(inputs["input_ids"]).sum()) // len(inputs["input_ids"])
-    codebook = random_codebook(454, adapter_for(model).hidden_size)
+    adapter = adapter_for(model)
+    visual = int(adapter.visual_mask(inputs["input_ids"]).sum()) // len(inputs["input_ids"])
+    codebook = random_codebook(454, adapter.hidden_size)
     methods: dict[tuple[str, float], Any] = {
         ("unpruned", 1.0): None,
         ("random, keep-all", 1.0): RandomPruner(keep_ratio=1.0),
         **{("codebook", r): CodebookPruner(codebook, keep_ratio=r) for r in (0.5, 0.22, 0.11)},
+        **{(spec, 0.22): parse_pruner(spec, codebook=codebook, keep_ratio=0.22) for spec in BEFORE},
+        **{(spec, 1.0): parse_pruner(spec) for spec in INSIDE},
+        ("codebook | pyramid | context", 0.22): parse_pruner(
+            "codebook | pyramid | context(layers=2)", codebook=codebook, keep_ratio=0.22
+        ),
     }
     samples: dict[tuple[str, float], list[dict[str, float]]] = {key: [] for key in methods}
     for round_ in range(rounds + 1):
@@ -179,6 +204,9 @@ def model_rows(name: str, model: Any, inputs: dict[str, torch.Tensor], rounds: i
             pairs = zip(rounds_found, full, strict=True)
             row[f"{field}_ratio"] = statistics.median(f[f"{field}_ms"] / b[f"{field}_ms"] for f, b in pairs)
         row["prune_percent_of_prefill"] = 100 * row["prune_ms"] / base
+        pruner = methods[method, ratio]
+        if pruner is not None:
+            row["flops_ratio"] = flops_ratio(model, pruner.stats, visual, inputs["input_ids"].shape[1] - visual)
         rows.append(row)
     return rows
 
@@ -193,10 +221,10 @@ def main() -> None:
     rows = pruner_rows(args.rounds)
     model, inputs = reference_input()
     rows += model_rows("reference VLM (d 128, 8 layers)", model, inputs, args.rounds)
-    for grid in (24, 48):
-        model, inputs = random_llava(grid, width=1024, layers=8)
-        name = f"random LLaVA (d 1024, 8 layers, {grid * grid} tokens)"
-        rows += model_rows(name, model, inputs, args.rounds if grid == 24 else max(3, args.rounds // 3))
+    for images in (1, 5):
+        model, inputs = random_llava(24, width=1024, layers=8, images=images)
+        name = f"random LLaVA (d 1024, 8 layers, {images * 576} tokens)"
+        rows += model_rows(name, model, inputs, args.rounds if images == 1 else max(3, args.rounds // 3))
     publish("runtime", rows, 0, out=args.out)
 
 
