@@ -48,20 +48,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CDPrunerPruner": "codebook_prune.pruners.cdpruner",
     "Codebook": "codebook_prune.codebook",
-    "CodebookDiversityPruner": "codebook_prune.pruners.codebook_diversity",
-    "CodebookPruner": "codebook_prune.pruners.codebook",
-    "ContextPruner": "codebook_prune.pruners.context",
-    "DivPrunePruner": "codebook_prune.pruners.divprune",
-    "EVSPruner": "codebook_prune.pruners.evs",
-    "FastVPruner": "codebook_prune.pruners.fastv",
-    "PoolPruner": "codebook_prune.pruners.pool",
-    "PyramidPruner": "codebook_prune.pruners.pyramid",
-    "RateCurve": "codebook_prune.rate_curve",
-    "RandomPruner": "codebook_prune.pruners.random",
-    "UniformPruner": "codebook_prune.pruners.uniform",
-    "VisionZipPruner": "codebook_prune.pruners.visionzip",
     "UserError": "codebook_schemas.errors",
     "load_model": "codebook_prune.adapters.loading",
     "parse_pruner": "codebook_prune.spec",
@@ -69,9 +56,14 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its module when it is first asked for (PEP 562)."""
-    if name not in _HOMES:
+    """Import a public name when it is first asked for (PEP 562); every class in `pruners` is one."""
+    if name.endswith("Pruner"):
+        from codebook_prune.pruners import pruners
+
+        value: Any = {cls.__name__: cls for cls in pruners().values()}.get(name)
+    else:
+        value = getattr(importlib.import_module(_HOMES[name]), name) if name in _HOMES else None
+    if value is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

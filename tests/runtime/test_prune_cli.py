@@ -347,7 +347,9 @@ def test_importing_and_help_load_nothing_heavy(action: str) -> None:
 
 def test_every_public_name_resolves_and_others_do_not() -> None:
     import codebook_prune
+    from codebook_prune.pruners import pruners
 
     assert all(getattr(codebook_prune, name).__name__ == name for name in codebook_prune.__all__)
+    assert all(getattr(codebook_prune, cls.__name__) is cls for cls in pruners().values())
     with pytest.raises(AttributeError, match="no attribute 'PrunerManager'"):
         codebook_prune.PrunerManager  # noqa: B018
