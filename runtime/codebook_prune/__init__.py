@@ -49,6 +49,7 @@ __all__ = [
 
 _HOMES = {
     "Codebook": "codebook_prune.codebook",
+    "RateCurve": "codebook_prune.rate_curve",
     "UserError": "codebook_schemas.errors",
     "load_model": "codebook_prune.adapters.loading",
     "parse_pruner": "codebook_prune.spec",
