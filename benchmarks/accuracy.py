@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 from rich.console import Console
 
-from benchmarks.methods import METHODS, Setting
+from benchmarks.downsample import shrunk, smaller_grid
+from benchmarks.methods import METHODS, SMALLER, Setting
 from benchmarks.reference_codebook import build
 from benchmarks.report import publish
-from codebook_prune import Codebook, load_model
+from codebook_prune import Codebook, VisionZipPruner, load_model
 from reference_vlm import CHECKPOINT
 from reference_vlm.evaluate import inputs_of, is_right
-from reference_vlm.scenes import Scene, render
+from reference_vlm.scenes import GRID, Scene, render
 from reference_vlm.suites import SUITES, Prompt, make_suite
 
 RATIOS = (0.5, 0.33, 0.22, 0.11, 0.056)
@@ -51,7 +53,8 @@ class Exam:
             part = list(self.prompts[start : start + size])
             inputs = dict(inputs_of(self.processor, part, draw).to(self.model.device))
             pixels = inputs.pop("pixel_values").to(self.model.dtype)
-            encoded = self.model.get_image_features(pixel_values=pixels, return_dict=True)
+            with VisionZipPruner(keep_ratio=1.0)(self.model):  # what it reads of the encoder travels with the output
+                encoded = self.model.get_image_features(pixel_values=pixels, return_dict=True)
             encoded.hidden_states = encoded.attentions = None
             yield part, {**inputs, "mm_encoder_outputs": {"image": encoded}}
 
@@ -154,7 +157,11 @@ def examine(exam: Exam, suite: str, codebook: Codebook, work: Work, methods: Seq
             if pruner is None and name != "unpruned":
                 continue
             started = time.perf_counter()
-            found = exam.take(pruner)
+            sitting = exam
+            if name == SMALLER:
+                small = partial(lambda grid, scene: shrunk(render(scene), *grid), smaller_grid(ratio * GRID * GRID))
+                sitting = Exam(exam.model, exam.processor, exam.prompts, small)
+            found = sitting.take(pruner)
             work.put(key, *found)
             seconds = time.perf_counter() - started
             console.print(f"{suite}: {name} at {ratio:.1%}: {100 * found[0].mean():.1f}% right, {seconds:.0f} s")

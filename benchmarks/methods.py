@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.downsample import CornerPruner, smaller_grid
 from codebook_prune import (
     CDPrunerPruner,
     Codebook,
@@ -17,11 +18,16 @@ from codebook_prune import (
     CodebookPruner,
     DivPrunePruner,
     FastVPruner,
+    PoolPruner,
     PyramidPruner,
     RandomPruner,
     UniformPruner,
+    VisionZipPruner,
 )
+from reference_vlm.scenes import GRID
 
+SMALLER = "smaller picture"
+"""The control that shrinks the picture instead: its images are drawn anew for every budget."""
 STAGES = 4
 """PyramidDrop's stages of equal depth."""
 
@@ -71,11 +77,20 @@ def codebook_pyramid(setting: Setting) -> Any:
     return None if entering >= 1 else CodebookPruner(setting.codebook, keep_ratio=round(entering, 6)) | PyramidPruner()
 
 
+def smaller_picture(setting: Setting) -> Any:
+    """Only what shows a picture shrunk to about the budget."""
+    rows, columns = smaller_grid(setting.ratio * GRID * GRID)
+    return CornerPruner(rows=rows, columns=columns)
+
+
 METHODS: dict[str, Make] = {
     "random": lambda s: RandomPruner(keep_ratio=s.ratio, seed=s.seed),
     "uniform": lambda s: UniformPruner(keep_ratio=s.ratio),
+    "pool": lambda s: PoolPruner(keep_ratio=s.ratio),
+    SMALLER: smaller_picture,
     "FastV": fastv,
     "PyramidDrop": pyramid,
+    "VisionZip": lambda s: VisionZipPruner(keep_ratio=s.ratio),
     "DivPrune": lambda s: DivPrunePruner(keep_ratio=s.ratio),
     "CDPruner": lambda s: CDPrunerPruner(keep_ratio=s.ratio),
     "codebook": lambda s: CodebookPruner(s.codebook, keep_ratio=s.ratio),

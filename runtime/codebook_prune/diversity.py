@@ -96,10 +96,11 @@ def most_probable(kernel: Tensor, count: int) -> Tensor:
     factors = kernel.new_empty(images, count, n)
     for step in range(count):
         chosen = gain.argmax(1, keepdim=True)
-        root = gain.gather(1, chosen).clamp_(min=SMALLEST_GAIN).sqrt_()
+        left = gain.gather(1, chosen)
         known = factors[:, :step]
         shares = known.gather(2, chosen.unsqueeze(1).expand(-1, step, -1))
-        factor = (rows[chosen[:, 0] + offset] - (shares.mT @ known)[:, 0]) / root
+        factor = (rows[chosen[:, 0] + offset] - (shares.mT @ known)[:, 0]) / left.clamp(min=SMALLEST_GAIN).sqrt()
+        factor = torch.where(left > SMALLEST_GAIN, factor, 0)  # nothing new is left: dividing by its rounding would explode
         factors[:, step] = factor
         gain.sub_(factor.square_()).scatter_(1, chosen, -torch.inf)
     return gain == -torch.inf

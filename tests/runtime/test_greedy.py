@@ -143,6 +143,14 @@ def test_twins_beyond_the_rank_still_fill_the_budget() -> None:
     assert kept(CDPrunerPruner(keep_tokens=3, theta=0.5), tokens) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("count", [12, 60, 119])
+def test_budgets_far_beyond_the_rank_are_filled(count: int) -> None:
+    """Real images: 120 tokens that nearly lie in a space of 10; what rounding leaves of a gain must not be divided by."""
+    vectors = noise(120, 1, 10) @ noise(10, 2, 64) + 1e-3 * noise(120, 3, 64)
+    for theta in (None, 0.5):
+        assert len(kept(CDPrunerPruner(keep_tokens=count, theta=theta), tokens_of(vectors, noise(4, 5, 64)))) == count
+
+
 @torch.no_grad()
 def test_a_pruner_that_asks_sees_the_text_of_its_own_row() -> None:
     prompts, seen = [prompt(0, 0), prompt(1, 1), prompt(2, 2)], []
