@@ -1,7 +1,8 @@
 """Every pruning method the accuracy table compares, at a budget of layer-averaged visual tokens; a new one is one line.
 
-Methods before layer 0 keep `ratio` of each image's tokens. Methods inside the decoder let everything enter, so their schedule
-is solved for the same average over the layers; where no schedule reaches it, the method has no row there.
+Methods before layer 0 keep `ratio` of each image's tokens, with their original positions where the row says nothing else.
+Methods inside the decoder let everything enter, so their schedule is solved for the same average over the layers; where no
+schedule reaches it, the method has no row there.
 """
 
 from __future__ import annotations
@@ -84,16 +85,18 @@ def smaller_picture(setting: Setting) -> Any:
 
 
 METHODS: dict[str, Make] = {
-    "random": lambda s: RandomPruner(keep_ratio=s.ratio, seed=s.seed),
-    "uniform": lambda s: UniformPruner(keep_ratio=s.ratio),
-    "pool": lambda s: PoolPruner(keep_ratio=s.ratio),
+    "random": lambda s: RandomPruner(keep_ratio=s.ratio, seed=s.seed, positions="original"),
+    "uniform": lambda s: UniformPruner(keep_ratio=s.ratio, positions="original"),
+    "pool": lambda s: PoolPruner(keep_ratio=s.ratio, positions="original"),
     SMALLER: smaller_picture,
     "FastV": fastv,
     "PyramidDrop": pyramid,
-    "VisionZip": lambda s: VisionZipPruner(keep_ratio=s.ratio),
-    "DivPrune": lambda s: DivPrunePruner(keep_ratio=s.ratio),
-    "CDPruner": lambda s: CDPrunerPruner(keep_ratio=s.ratio),
-    "codebook": lambda s: CodebookPruner(s.codebook, keep_ratio=s.ratio),
-    "codebook and diversity": lambda s: CodebookDiversityPruner(s.codebook, keep_ratio=s.ratio),
+    "VisionZip": lambda s: VisionZipPruner(keep_ratio=s.ratio, positions="original"),
+    "DivPrune": lambda s: DivPrunePruner(keep_ratio=s.ratio, positions="original"),
+    "CDPruner": lambda s: CDPrunerPruner(keep_ratio=s.ratio, positions="original"),
+    "codebook": lambda s: CodebookPruner(s.codebook, keep_ratio=s.ratio, positions="original"),
+    "codebook and diversity": lambda s: CodebookDiversityPruner(s.codebook, keep_ratio=s.ratio, positions="original"),
+    "codebook, compact positions": lambda s: CodebookPruner(s.codebook, keep_ratio=s.ratio),
+    "DivPrune, compact positions": lambda s: DivPrunePruner(keep_ratio=s.ratio),
     "codebook | pyramid": codebook_pyramid,
 }

@@ -55,16 +55,18 @@ def is_right(question: Question, answer: str) -> bool:
 @torch.inference_mode()
 def answers(model: Any, processor: Any, prompts: Sequence[Prompt], *, batch: int = 64, keep: Keep | None = None) -> list[str]:
     """Greedy answers, in order. With `keep`, only the chosen tokens of the one picture enter the LLM (renumbered)."""
-    out: list[str] = []
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].scenes), len(prompts[i].context)))  # little padding
+    out = [""] * len(prompts)
     for start in range(0, len(prompts), batch):
-        part = prompts[start : start + batch]
-        inputs = inputs_of(processor, part).to(model.device)
+        chosen = order[start : start + batch]
+        inputs = inputs_of(processor, [prompts[i] for i in chosen]).to(model.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
         if keep is not None:
-            inputs = _splice(model, inputs, [keep(p.scene, start + k) for k, p in enumerate(part)])
+            inputs = _splice(model, inputs, [keep(prompts[i].scene, i) for i in chosen])
         ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
         new = ids if keep is not None else ids[:, inputs["input_ids"].shape[1] :]
-        out += processor.batch_decode(new, skip_special_tokens=True)
+        for i, answer in zip(chosen, processor.batch_decode(new, skip_special_tokens=True), strict=True):
+            out[i] = answer
     return out
 
 
@@ -183,13 +185,14 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--split", default="test")
     parser.add_argument("--per-family", type=int, default=300)
+    parser.add_argument("--other-per-family", type=int, default=100, help="the same for the suites of longer prompts")
     parser.add_argument("--sanity-per-family", type=int, default=60)
     parser.add_argument("--card", action="store_true", help="also write scores.json and the card into the checkpoint")
     args = parser.parse_args()
     model, processor = load_model(str(args.checkpoint))
     report: dict[str, Any] = {"split": args.split, "n": {}, "accuracy": {}}
     for suite in SUITES:
-        prompts = make_suite(suite, args.split, args.per_family)
+        prompts = make_suite(suite, args.split, args.per_family if suite == "image" else args.other_per_family)
         report["n"][suite] = len(prompts)
         report["accuracy"][suite] = accuracy(prompts, answers(model, processor, prompts, batch=64 if suite == "image" else 16))
     some = make_suite("image", args.split, args.sanity_per_family)

@@ -37,7 +37,7 @@ def codebook_diversity(
     vectors: Sequence[Vector],
     prototypes: Sequence[Vector],
     keep: int,
-    strength: float = 1.0,
+    strength: float = 0.5,
     top_k: int = 1,
     remove_above: float | None = None,
     centring: bool = True,

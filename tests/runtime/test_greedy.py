@@ -103,7 +103,15 @@ def test_codebook_diversity_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize("keep", [1, 11, 29])
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"strength": 2.5}, {"strength": 0, "centered": False}, {"top_k": 3}, {"remove_above": 0.3}, {"remove_above": -1}],
+    [
+        {},
+        {"strength": 1.0},
+        {"strength": 2.5},
+        {"strength": 0, "centered": False},
+        {"top_k": 3},
+        {"remove_above": 0.3},
+        {"remove_above": -1},
+    ],
 )
 def test_codebook_diversity_equals_the_loop(fields: dict[str, Any], keep: int, tmp_path: Path) -> None:
     for seed in range(2):

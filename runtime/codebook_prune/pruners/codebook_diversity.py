@@ -12,7 +12,7 @@ from torch import Tensor
 from codebook_prune.adapters.base import VisualTokens, VLMAdapter
 from codebook_prune.codebook import Codebook
 from codebook_prune.diversity import cosine_distances, farthest_first
-from codebook_prune.pruners.base import Pruner
+from codebook_prune.pruners.base import Positions, Pruner
 from codebook_schemas import UserError
 
 
@@ -32,6 +32,7 @@ class CodebookDiversityPruner(Pruner):
         strength: how much redundancy weighs; 0 is diversity alone, started at the least redundant token.
         top_k: redundancy is the mean of this many largest cosines to prototypes.
         centered: subtract the mean of an image's embeddings before they are compared with each other.
+        positions: "original" by default: every method lost less with it where that was measured (docs/accuracy.md).
 
     Raises:
         UserError: fields out of range; on entering a block, a codebook of another model.
@@ -39,9 +40,10 @@ class CodebookDiversityPruner(Pruner):
 
     codebook: Codebook
     remove_above: float | None = field(default=None, kw_only=True)
-    strength: float = field(default=1.0, kw_only=True)
+    strength: float = field(default=0.5, kw_only=True)
     top_k: int = field(default=1, kw_only=True)
     centered: bool = field(default=True, kw_only=True)
+    positions: Positions = field(default="original", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
