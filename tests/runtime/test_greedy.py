@@ -90,8 +90,10 @@ def test_codebook_diversity_by_hand(tmp_path: Path) -> None:
     10 with .030 is ahead of 170 with .015 * .826 = .013."""
     book, tokens = codebook_of(tmp_path, torch.tensor([[-3.0, 0.0]])), at_angles([0, 10, 90, 170, 180])
     plain = {"centered": False}
-    chosen = [kept(CodebookDiversityPruner(book, keep_tokens=k, **plain), tokens) for k in (1, 2, 3, 4)]
+    chosen = [kept(CodebookDiversityPruner(book, keep_tokens=k, strength=1, **plain), tokens) for k in (1, 2, 3, 4)]
     assert chosen == [[0], [0, 2], [0, 1, 2], [0, 1, 2, 3]]
+    # weighed by the square root, the default: 10 comes to .021 and 170 to .122 * .826 = .101
+    assert kept(CodebookDiversityPruner(book, keep_tokens=3, **plain), tokens) == [0, 2, 3]
     # diversity alone: from 0 the farthest is 180, then 90
     alone = [kept(CodebookDiversityPruner(book, keep_tokens=k, strength=0, **plain), tokens) for k in (2, 3)]
     assert alone == [[0, 4], [0, 2, 4]]
