@@ -26,19 +26,19 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def accuracy(report: dict[str, Any]) -> str:
-    """Percent of the unpruned accuracy by method and ratio, with intervals."""
-    rows = [r for r in report["rows"] if r["family"] == "overall"]
+    """Percent of the unpruned accuracy by method and ratio on the image suite."""
+    rows = [r for r in report["rows"] if r["family"] == "overall" and r["suite"] == "image"]
     ratios = sorted({r["keep_ratio"] for r in rows} - {1.0}, reverse=True)
     full = next(r for r in rows if r["method"] == "unpruned")
     methods = [m for m in dict.fromkeys(r["method"] for r in rows) if m != "unpruned"]
-    body = []
-    for method in methods:
-        cells = [next(r for r in rows if r["method"] == method and r["keep_ratio"] == ratio) for ratio in ratios]
-        body.append([method, *(f"{c['percent_of_full']:.1f} ({c['ci95'][0]:.1f}..{c['ci95'][1]:.1f})" for c in cells)])
-    head = ["accuracy, % of unpruned", *(f"{round(144 * r)} tokens ({r:.0%})" for r in ratios)]
+    percent = {(r["method"], r["keep_ratio"]): f"{r['percent_of_full']:.1f}" for r in rows}
+    body = [[method, *(percent.get((method, ratio), "") for ratio in ratios)] for method in methods]
+    head = ["accuracy, % of unpruned", *(f"{round(144 * r)} tokens" for r in ratios)]
     return (
-        f"Accuracy of the reference VLM, {full['n']} held-out questions, unpruned {100 * full['accuracy']:.1f}% right "
-        f"(95% paired bootstrap; `{report['command']}`):\n\n{table(head, body)}"
+        f"Accuracy of the reference VLM, {full['n']} held-out questions, unpruned {100 * full['accuracy']:.1f}% right, "
+        f"visual tokens averaged over the layers (of 144; intervals, families of questions, charts: "
+        f"[docs/accuracy.md](docs/accuracy.md); "
+        f"`{report['command']}`):\n\n{table(head, body)}"
     )
 
 
