@@ -94,6 +94,16 @@ def build(report: dict[str, Any]) -> str:
     )
 
 
+def whole_builds(report: dict[str, Any]) -> str:
+    """Wall time and memory of builds by the command."""
+    whole = [
+        f"{r['variant'].removeprefix('whole build, ')}, {r['images']} images: {r['wall_seconds']:.0f} s"
+        + (f", peak {r['peak_mb']:.0f} MB" if r["peak_mb"] else "")
+        for r in report["rows"]
+    ]
+    return f"Whole builds at 48 tokens an image, 8 calibration images, wall time beside much other load (`{report['command']}`): {'; '.join(whole)}."
+
+
 def selection(report: dict[str, Any]) -> str:
     """Time and memory of selecting among many survivors."""
     body = [
@@ -111,7 +121,7 @@ def selection(report: dict[str, Any]) -> str:
 
 def generated() -> str:
     """The README's results section."""
-    parts = (accuracy, runtime, build, selection)
+    parts = (accuracy, runtime, build, whole_builds, selection)
     return "\n\n".join(part(load(part.__name__)) for part in parts)
 
 
