@@ -101,7 +101,10 @@ def whole_builds(report: dict[str, Any]) -> str:
         + (f", peak {r['peak_mb']:.0f} MB" if r["peak_mb"] else "")
         for r in report["rows"]
     ]
-    return f"Whole builds at 48 tokens an image, 8 calibration images, wall time beside much other load (`{report['command']}`): {'; '.join(whole)}."
+    return (
+        "Whole builds at 48 tokens an image, 8 calibration images, wall time beside much other load "
+        f"(`{report['command']}`): {'; '.join(whole)}."
+    )
 
 
 def selection(report: dict[str, Any]) -> str:
