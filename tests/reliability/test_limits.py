@@ -21,7 +21,7 @@ from codebook_schemas import ClusterConfig
 from codebook_schemas.inputs import ShardEntry
 
 cluster.ShardActor = BitingActor
-config = ClusterConfig(workers=2, cpus_per_worker=0.5, attempts=1, in_flight=2, shard_seconds=20, worker_memory_gb=0.8)
+config = ClusterConfig(workers=2, cpus_per_worker=0.5, attempts=1, in_flight=2, shard_seconds=40, worker_memory_gb=0.8)
 names = ["00000-a", "00001-segfault", "00002-b", "00003-hang", "00004-c", "00005-memory", "00006-d", "00007-e"]
 entries = [ShardEntry(name=n, path="/x", bytes=1, sha256="0" * 64, samples=1) for n in names]
 with cluster.connected(config, None) as runner:
@@ -46,5 +46,5 @@ def test_segfault_hang_and_memory_are_given_up_and_the_rest_is_done(tmp_path: Pa
         f"0000{i}-{n}" for i, n in zip("02467", "abcde", strict=True)
     }
     assert "died" in found["00001-segfault"]
-    assert "took more than 20 seconds" in found["00003-hang"]
+    assert "took more than 40 seconds" in found["00003-hang"]
     assert "worker_memory_gb is 0.8" in found["00005-memory"]

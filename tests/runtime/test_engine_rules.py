@@ -256,8 +256,8 @@ def test_unsupported_models_are_refused() -> None:
         pass
     config = copy.deepcopy(MODEL.config)
     config.text_config = MistralConfig(
-        vocab_size=103, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        sliding_window=8,
+        vocab_size=config.text_config.vocab_size, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=8,
     )  # fmt: skip
     with pytest.raises(UserError, match="sliding-window"), pruner(LlavaForConditionalGeneration(config)):
         pass

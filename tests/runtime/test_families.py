@@ -15,6 +15,7 @@ from test_engine_rules import same, trace
 from torch import Tensor
 
 from codebook_prune import ContextPruner, FastVPruner, PyramidPruner, UniformPruner, UserError
+from codebook_prune.adapters.grids import any_resolution, raster
 from codebook_prune.adapters.loading import adapter_for, families
 
 STEPS = 3
@@ -235,3 +236,12 @@ def test_the_matrix_holds_every_family() -> None:
     assert {family.model.config.model_type for family in SDPA} | elsewhere == set(families())
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     assert all(f"`{name}`" in readme for name in families())
+
+
+def test_grids_are_shared_unchanged_and_outlive_inference_mode() -> None:
+    with torch.inference_mode():
+        first = raster(3, 5)
+    any_resolution(torch.tensor([False] * 4 + ([False] * 4 + [True]) * 3), raster(2, 2))
+    assert raster(3, 5) is first
+    assert not first.is_inference()
+    assert torch.equal(first, torch.cartesian_prod(torch.arange(3), torch.arange(5)))

@@ -21,7 +21,8 @@ CLIP = "clip_vision_model"
 @lru_cache(maxsize=64)
 def raster(rows: int, columns: int) -> Tensor:
     """(row, column) of every cell of a grid in raster order: [rows * columns, 2]. Shared: not to be written to."""
-    return torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2)
+    with torch.inference_mode(False):  # kept beyond the block it is first asked for in
+        return torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2)
 
 
 def tower_square(config: Any, *, with_cls: bool = False) -> Tensor:
@@ -96,7 +97,7 @@ def any_resolution(newline: Tensor, overview: Tensor) -> Tensor:
         while columns and stop + columns < len(newline) and int(newline[stop:].byte().argmax()) == columns:
             rows, stop = rows + 1, stop + columns + 1
         item = 0 if not parts else int(parts[-1][-1, 0]) + 1
-        fine = raster(rows, columns + 1)
+        fine = raster(rows, columns + 1).clone()
         fine[fine[:, 1] == columns] = -1
         parts += [item_frame(item, 0, overview), item_frame(item, int(columns > 0), fine)]
         start = stop
