@@ -174,8 +174,8 @@ def pruners(codebook: Any, ratio: float) -> dict[str, Any]:
 
     return {
         "codebook and diversity": CodebookDiversityPruner(codebook, keep_ratio=ratio),
-        "codebook": CodebookPruner(codebook, keep_ratio=ratio),
-        "random": RandomPruner(keep_ratio=ratio),
+        "codebook": CodebookPruner(codebook, keep_ratio=ratio, positions="original"),
+        "random": RandomPruner(keep_ratio=ratio, positions="original"),
     }
 
 
@@ -203,7 +203,7 @@ def print_table(results: Sequence[Result], questions: int) -> None:
     """Answers right before and after, visual tokens, prefill time."""
     table = Table(title=f"{questions} held-out questions about {questions} held-out images")
     for column in ("method", "visual tokens", "answers right", "of unpruned", "prefill", "of unpruned "):
-        table.add_column(column, justify="left" if column == "method" else "right")
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
     full = results[0]
     for r in results:
         table.add_row(
@@ -254,7 +254,7 @@ def draw_chart(results: Sequence[Result], questions: int, path: Path) -> None:
     axes.set_xticks(range(len(RATIOS) - 1), [f"{round(r * GRID * GRID)} tokens ({r:.0%})" for r in RATIOS[1:]])
     axes.set_ylabel("answers right, %")
     axes.set_ylim(0, 105)
-    axes.legend(loc="lower left")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
