@@ -209,7 +209,7 @@ def print_table(results: Sequence[Result], questions: int) -> None:
         table.add_row(
             r.method,
             f"{r.tokens:.0f} ({r.ratio:.0%})",
-            f"{r.right} ({r.right / questions:.1%})",
+            f"{r.right / questions:.1%}",
             f"{r.right / full.right:.1%}" if full.right else "",
             f"{r.prefill_ms:.1f} ms",
             f"{r.prefill_ms / full.prefill_ms:.2f} x",
