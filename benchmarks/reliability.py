@@ -1,6 +1,6 @@
 """Hostile codebooks, injected faults and a long run: `python -m benchmarks.reliability hostile|faults|soak --count N`.
 
-Each part replaces its own rows of results/reliability.json and leaves the others as they are.
+Each part replaces its own rows of the same seed in results/reliability.json and leaves the others as they are.
 """
 
 from __future__ import annotations
@@ -62,9 +62,10 @@ def main() -> None:
     run, count = PARTS[given.part]
     origin: dict[str, Any] = envelope([], given.seed)
     rows = run(given.count or count, given.seed)
-    mine = [{"part": given.part, **row, "commit": origin["commit"], "command": origin["command"]} for row in rows]
+    mine = [{"part": given.part, "seed": given.seed, **row, "commit": origin["commit"], "command": origin["command"]} for row in rows]
     path = RESULTS / "reliability.json"
-    others = [r for r in json.loads(path.read_text())["rows"] if r["part"] != given.part] if path.exists() else []
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    others = [row for row in rows if (row["part"], row["seed"]) != (given.part, given.seed)]
     publish("reliability", [*others, *mine], given.seed, out=path)
     sys.exit(any(problems(row) for row in mine))
 

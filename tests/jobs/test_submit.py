@@ -11,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -148,3 +150,30 @@ def test_a_job_waits_for_a_node_that_joins_late(cluster: dict[str, str], tmp_pat
             said, _ = node.communicate()
     assert job.returncode == 0, out + said
     assert verify(tmp_path / "book").counts["images"] == 6
+
+
+def status_of(cluster: dict[str, str], token: str | None) -> int:
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    request = urllib.request.Request(f"{cluster['RAY_API_SERVER_ADDRESS']}/api/jobs/", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.mark.cluster
+def test_the_job_server_answers_only_to_the_token(cluster: dict[str, str]) -> None:
+    """What it is sent it runs."""
+    assert status_of(cluster, cluster["RAY_AUTH_TOKEN"]) == 200
+    assert status_of(cluster, None) == 401
+    assert status_of(cluster, secrets.token_hex(32)) in (401, 403)
+
+
+@pytest.mark.cluster
+def test_the_token_is_in_no_log_and_no_output(cluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Of everything that was written for this module's jobs: Ray's logs, run folders, codebooks."""
+    token = cluster["RAY_AUTH_TOKEN"].encode()
+    files = [p for p in tmp_path_factory.getbasetemp().rglob("*") if p.is_file() and not p.is_symlink()]
+    assert any("job-driver" in p.name for p in files)
+    assert [p for p in files if token in p.read_bytes()] == []

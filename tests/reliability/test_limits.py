@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DRIVER = """
-import json, sys
+import json, os, subprocess, sys
 from pathlib import Path
 from biting import BitingActor
 from codebook_builder import cluster
@@ -30,21 +30,37 @@ with cluster.connected(config, None) as runner:
         name = outcome.task.shard.name if isinstance(outcome, Failure) else outcome.shard
         assert name not in found
         found[name] = outcome.error if isinstance(outcome, Failure) else None
-print(json.dumps(found))
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    strangers = {}
+    for name, changes in {"none": {}, "wrong": {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}}.items():
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")} | changes
+        code = f"import ray; ray.init('{address}', log_to_driver=False); print('connected')"
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
+        strangers[name] = (done.returncode, done.stdout, done.stderr[-300:])
+print(json.dumps({"found": found, "strangers": strangers, "token": os.environ["RAY_AUTH_TOKEN"]}))
 """
 
 
 @pytest.mark.cluster
-def test_segfault_hang_and_memory_are_given_up_and_the_rest_is_done(tmp_path: Path) -> None:
+def test_segfault_hang_and_memory_are_given_up_and_strangers_are_refused(tmp_path: Path) -> None:
+    """One embedded Ray for both: it is slow to start."""
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": paths, "RAY_memory_monitor_refresh_ms": "0"}
     command = [sys.executable, "-c", DRIVER]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    said = json.loads(done.stdout.splitlines()[-1])
+    found = said["found"]
     assert {name for name, error in found.items() if error is None} == {
         f"0000{i}-{n}" for i, n in zip("02467", "abcde", strict=True)
     }
     assert "died" in found["00001-segfault"]
     assert "took more than 40 seconds" in found["00003-hang"]
     assert "worker_memory_gb is 0.8" in found["00005-memory"]
+    for code, out, err in said["strangers"].values():
+        assert (code == 0, out) == (False, "")
+        assert "token" in err.lower() or "auth" in err.lower()
+    assert len(said["token"]) == 64
+    assert said["token"] not in done.stderr + json.dumps(found)
