@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from benchmarks.processes import descendants
 from benchmarks.report import ROOT
 from codebook_builder.commit import read_marker, read_part, verify_part
 from codebook_builder.shards import write_shard
@@ -34,27 +35,6 @@ SHARDS, IMAGES = 4, 2
 SECONDS = 600
 RAY = str(Path(sys.executable).with_name("ray"))
 FAULTS = ("worker", "driver", "node", "interrupt", "disk full", "late node", "job stop")
-
-
-def descendants(pid: int) -> dict[int, str]:
-    """Command lines of all processes below one, by id."""
-    parents, names = {}, {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                stat = (folder / "stat").read_text()
-                names[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue
-            parents[int(folder.name)] = int(stat.rpartition(")")[2].split()[1])
-    found = {}
-    for child in parents:
-        up = child
-        while up in parents and up != pid:
-            up = parents[up]
-        if up == pid and child != pid:
-            found[child] = names[child]
-    return found
 
 
 def kill(process: subprocess.Popen[Any]) -> None:

@@ -62,7 +62,8 @@ def main() -> None:
     run, count = PARTS[given.part]
     origin: dict[str, Any] = envelope([], given.seed)
     rows = run(given.count or count, given.seed)
-    mine = [{"part": given.part, "seed": given.seed, **row, "commit": origin["commit"], "command": origin["command"]} for row in rows]
+    where = {"commit": origin["commit"], "command": origin["command"]}
+    mine = [{"part": given.part, "seed": given.seed, **row, **where} for row in rows]
     path = RESULTS / "reliability.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     others = [row for row in rows if (row["part"], row["seed"]) != (given.part, given.seed)]

@@ -8,27 +8,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-
-def descendants(pid: int) -> dict[int, str]:
-    """Command lines of all processes below one, by id."""
-    parents: dict[int, int] = {}
-    names: dict[int, str] = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                stat = (folder / "stat").read_text()
-                names[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue
-            parents[int(folder.name)] = int(stat.rpartition(")")[2].split()[1])
-    found: dict[int, str] = {}
-    for child in parents:
-        up = child
-        while up in parents and up != pid:
-            up = parents[up]
-        if up == pid and child != pid:
-            found[child] = names.get(child, "")
-    return found
+from benchmarks.processes import descendants
 
 
 def running(pid: int) -> bool:
@@ -46,3 +26,6 @@ def end(pids: Iterable[int], seconds: float) -> None:
         time.sleep(0.2)
     for pid in left:
         os.kill(pid, signal.SIGKILL)
+
+
+__all__ = ["descendants", "end", "running"]
