@@ -16,35 +16,33 @@ import torch
 from benchmarks.report import RESULTS, Row, envelope, publish
 
 
-def hostile(count: int, seed: int) -> list[Row]:
-    """Damaged and forged codebooks; `seed` is the first copy's number."""
+def hostile(given: argparse.Namespace) -> list[Row]:
+    """Damaged and forged codebooks; the seed is the first copy's number."""
     from benchmarks.hostile import attempts, summary
 
-    found = summary(list(attempts(count, seed)))
+    found = summary(list(attempts(given.count or 2100, given.seed)))
     return [{"trials": found.pop("copies"), **found}]
 
 
-def faults(count: int, seed: int) -> list[Row]:
+def faults(given: argparse.Namespace) -> list[Row]:
     """Trials on a cluster of two nodes, a row each."""
     from benchmarks.faults import trials
 
     rows: list[Row] = []
-    for row in trials(count, seed):
+    for row in trials(given.count or 30, given.seed, given.fault):
         print(json.dumps(row), file=sys.stderr, flush=True)
         rows.append(row)
     return rows
 
 
-def soak(count: int, seed: int) -> list[Row]:
+def soak(given: argparse.Namespace) -> list[Row]:
     """Prune calls in one process."""
     from benchmarks.soak import soak as run
 
-    return [run(count, seed)]
+    return [run(given.count or 10_000, given.seed)]
 
 
-PARTS: dict[str, tuple[Callable[[int, int], list[Row]], int]] = {
-    "hostile": (hostile, 2100), "faults": (faults, 30), "soak": (soak, 10_000),
-}  # fmt: skip
+PARTS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {"hostile": hostile, "faults": faults, "soak": soak}
 
 
 def problems(row: Row) -> bool:
@@ -57,11 +55,11 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--count", type=int, help="trials; default: 2100 copies, 30 faults, 10000 calls")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fault", help="inject this one only")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    run, count = PARTS[given.part]
     origin: dict[str, Any] = envelope([], given.seed)
-    rows = run(given.count or count, given.seed)
+    rows = PARTS[given.part](given)
     where = {"commit": origin["commit"], "command": origin["command"]}
     mine = [{"part": given.part, "seed": given.seed, **row, **where} for row in rows]
     path = RESULTS / "reliability.json"
