@@ -85,7 +85,7 @@ class ShardActor:
 
 @contextmanager
 def connected(config: ClusterConfig, address: str | None) -> Iterator[Runner]:
-    """A runner on an embedded Ray (`address` None: loopback, own token, no dashboard) or on a running cluster.
+    """A runner on an embedded Ray (`address` None: own token, no dashboard) or on a running cluster.
 
     Raises:
         UserError: no cluster at `address`, or no node of it can hold one worker.
