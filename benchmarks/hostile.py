@@ -31,6 +31,7 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from benchmarks.report import ROOT
 from codebook_builder import artefact
 from codebook_builder.artefact import Origin, Prototypes, read_provenance
 from codebook_prune.codebook import Codebook
@@ -412,7 +413,7 @@ def attempts(count: int, first: int = 0, per_child: int = 250) -> Iterator[dict[
                 str(start),
                 str(min(end, start + per_child)),
             ]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
             lines = [json.loads(line) for line in done.stdout.splitlines()]
             yield from (line for line in lines if "result" in line)
             if done.returncode == 0:
