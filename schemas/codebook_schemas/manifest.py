@@ -130,7 +130,7 @@ class CodebookManifest(Strict):
         for part in manifest.parts:
             for name in (part.prototypes, *part.index, *([part.provenance] if part.provenance else [])):
                 if name not in manifest.files:
-                    raise UserError(f"{path} is damaged: {name} is used but not listed under files")
+                    raise UserError(f"{path} is damaged: '{name}' is used but not listed under files")
         return manifest
 
     def commit(self, folder: Path) -> None:
