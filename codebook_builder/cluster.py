@@ -212,6 +212,7 @@ class _Loop:
         self.config = config
         self.queue = deque(tasks)
         self.deaths: dict[str, int] = {}
+        self.suspects: set[str] = set()
         self.failed_starts = 0
         self.code = code_hash()
         self.remote = ray.remote(ShardActor).options(
@@ -245,14 +246,17 @@ class _Loop:
                 ray.kill(worker.actor)
 
     def _hand_out(self) -> None:
-        """Fill ready actors evenly: the first free place of every actor before the second of any."""
+        """Fill ready actors evenly: the first free place of every actor before the second of any. A suspect runs alone."""
         for places in range(1, self.config.in_flight + 1):
             for worker in self.workers:
-                if self.queue and worker.node and len(worker.held) < places:
-                    task = self.queue.popleft()
-                    if not worker.held:
-                        worker.since = time.monotonic()
-                    worker.held[worker.actor.process.remote(task)] = task
+                if not (self.queue and worker.node and len(worker.held) < places):
+                    continue
+                if worker.held and any(t.shard.name in self.suspects for t in (self.queue[0], *worker.held.values())):
+                    continue
+                task = self.queue.popleft()
+                if not worker.held:
+                    worker.since = time.monotonic()
+                worker.held[worker.actor.process.remote(task)] = task
 
     def _patience(self) -> float | None:
         """Seconds until the next shard is over its time; None: none can be."""
@@ -303,16 +307,25 @@ class _Loop:
             yield result
 
     def _bury(self, worker: _Worker, error: str) -> Iterator[Outcome]:
-        """An actor died: its oldest shard was running and is blamed, unless the machine went away; the rest just wait again."""
+        """An actor died: the shard it ran is blamed, unless the machine went away.
+
+        A result may be lost with its actor, so of several shards held any may have been the one: they wait again as
+        suspects, to run alone, and none is blamed. Only an actor killed for being late is known to have run its oldest.
+        """
         import ray
 
+        held = list(worker.held.values())
+        self._replace(worker)
+        if len(held) > 1 and not worker.late:
+            self.suspects.update(task.shard.name for task in held)
+            self.queue.extendleft(reversed(held))
+            return
         if worker.late:
             error = f"the shard took more than {self.config.shard_seconds:g} seconds (cluster.shard_seconds)"
         elif self.config.worker_memory_gb:
             error += f"\nthe worker died; cluster.worker_memory_gb is {self.config.worker_memory_gb:g}\n"
-        lost, *rest = worker.held.values()
+        lost, *rest = held
         self.queue.extendleft(reversed(rest))
-        self._replace(worker)
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         self.deaths[lost.shard.name] = self.deaths.get(lost.shard.name, 0) + 1
         if worker.node not in alive and self.deaths[lost.shard.name] <= FREE_DEATHS:
