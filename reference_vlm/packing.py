@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from reference_vlm.questions import Question, ask_many
-from reference_vlm.scenes import SMALLEST, Scene, draw_size, make_scene
+from reference_vlm.scenes import GRID, SMALLEST, Scene, draw_size, make_scene
 from reference_vlm.suites import IMAGES, VIDEO, ask_suite, facts, lead_of, make_images, make_video
 
 IGNORE = -100
 FAR = 7
 """Least width of an object in a third of the training pictures: real ones are also taken from afar."""
-KINDS = {"image": 0.64, "images": 0.14, "video": 0.1, "text": 0.12}
+KINDS = {"image": 0.36, "images": 0.24, "video": 0.24, "text": 0.16}
 """Share of the steps of stage 1 spent on single pictures, several, videos, and pictures with a long text."""
 
 
@@ -93,8 +93,8 @@ def draw_sheets(step: int, budget: int, rng: np.random.Generator) -> list[Sheet]
     Attention's cost grows with a row's length, so long rows are fewer than `budget / length`.
     """
     kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))
-    pictures = {"images": int(rng.integers(2, 5)), "video": int(rng.integers(3, 6))}.get(kind, 1)
-    columns, rows = draw_size(rng)
+    pictures = {"images": int(rng.integers(2, 5)), "video": int(rng.integers(3, 5))}.get(kind, 1)
+    columns, rows = draw_size(rng) if pictures == 1 or rng.random() < 0.5 else (GRID, GRID)
     if kind == "video" and min(columns, rows) < 4:
         columns, rows = 6, 6
     words = int(16 * 64 ** rng.random()) if kind == "text" else 0
@@ -111,7 +111,7 @@ def make_sheet(kind: str, index: int, pictures: int, size: tuple[int, int], word
         return Sheet(tuple(scenes), ask_suite(IMAGES, scenes, 8, rng), lead_of(kind, pictures))
     frames = make_video("train", index, pictures, size) if kind == "video" else None
     if frames is not None:
-        about = (*ask_suite(VIDEO, frames, 2, rng), *ask_many(frames[0], 4, rng, ("color", "shape", "count", "exist")))
+        about = (*ask_suite(VIDEO, frames, 6, rng), *ask_many(frames[0], 3, rng, ("color", "shape", "count", "exist")))
         return Sheet(tuple(frames), about, lead_of(kind, pictures))
     scene = make_scene("train", index, size=size, smallest=SMALLEST if index % 3 else FAR)
     number = pictures if kind == "video" else 1  # nothing in it can move: a still video

@@ -148,9 +148,9 @@ FAMILIES: dict[str, Asker] = {f.__name__: f for f in (color, shape, count, exist
 WEIGHTS = {
     "color": 1,
     "shape": 1,
-    "count": 3,
-    "exist": 4,
-    "position": 5,
+    "count": 4,
+    "exist": 3,
+    "position": 4,
     "relation": 3,
     "read": 1.5,
     "label": 1,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from reference_vlm.questions import FAMILIES, NUMBERS, Question, ask, color, pick, shape, with_article
+from reference_vlm.questions import FAMILIES, NUMBERS, Question, ask, color, pick, position, shape, with_article
 from reference_vlm.scenes import COLORS, GLYPHS, GRID, PATCH, SHAPES, SPLITS, Item, Scene, make_scene
 
 ORDINALS = ("first", "second", "third", "fourth")
@@ -46,11 +46,11 @@ def which(scenes: Sequence[Scene], rng: np.random.Generator) -> Question | None:
     return Question("which", f"Which image has {with_article(pick(rng, only))}?", ORDINALS[k]) if only else None
 
 
-def _of_one(family: str, asker: Callable[[Scene, np.random.Generator], Question | None]) -> Ask:
+def _of_one(family: str, asker: Callable[[Scene, np.random.Generator], Question | None], word: str = "image") -> Ask:
     def ask_one(scenes: Sequence[Scene], rng: np.random.Generator) -> Question | None:
         k = int(rng.integers(len(scenes)))
         found = asker(scenes[k], rng)
-        return found and Question(family, found.text.replace("?", f" in the {ORDINALS[k]} image?"), found.answer)
+        return found and Question(family, found.text.replace("?", f" in the {ORDINALS[k]} {word}?"), found.answer)
 
     return ask_one
 
@@ -83,8 +83,9 @@ IMAGES: dict[str, Ask] = {
     "color_of": _of_one("color_of", color),
     "shape_of": _of_one("shape_of", shape),
     "count_of": how_many,
+    "position_of": _of_one("position_of", position),
 }
-VIDEO: dict[str, Ask] = {"motion": motion, "mover": mover}
+VIDEO: dict[str, Ask] = {"motion": motion, "mover": mover, "position_in": _of_one("position_in", position, "frame")}
 
 
 def make_images(split: str, index: int, number: int, size: tuple[int, int] = (GRID, GRID)) -> list[Scene]:
@@ -95,8 +96,8 @@ def make_images(split: str, index: int, number: int, size: tuple[int, int] = (GR
 def make_video(split: str, index: int, frames: int, size: tuple[int, int] = (GRID, GRID)) -> list[Scene] | None:
     """Frames of one scene in which exactly one object (`objects[0]`) moves straight, or None when nothing can move.
 
-    The background, the other objects and the printed plate stay where they are. The object moves at least half its width or
-    one visual token, whichever is more, between the first frame and the last, and never touches another.
+    The background, the other objects and the printed plate stay where they are. The object moves at least its own width or
+    two visual tokens, whichever is more, between the first frame and the last, and never touches another.
     """
     scene = make_scene(split, 2_000_000_000 + index, size=size)
     rng = np.random.default_rng((SPLITS[split], 31, index))
@@ -108,7 +109,7 @@ def make_video(split: str, index: int, frames: int, size: tuple[int, int] = (GRI
         dx, dy = WAYS[str(way)]
         room = [k for k in range(1, GRID * PATCH) if _free(_moved(item, k * dx, k * dy), others, scene)]
         reach = next((k for k in range(1, GRID * PATCH) if k not in room), GRID * PATCH) - 1
-        need = max(PATCH, item.size // 2)
+        need = max(2 * PATCH, item.size)
         if reach >= need:
             path = np.linspace(0, int(rng.integers(need, reach + 1)), frames).round().astype(int)
             return [replace(scene, objects=(_moved(item, int(k) * dx, int(k) * dy), *scene.objects[1:])) for k in path]
@@ -161,10 +162,12 @@ def ask_suite(askers: dict[str, Ask], scenes: Sequence[Scene], n: int, rng: np.r
 
 
 def lead_of(kind: str, pictures: int) -> tuple[str, ...]:
-    """Words before each picture: pictures are numbered, a video is announced once."""
+    """Words before each picture: pictures and frames are numbered, a video is announced."""
     if kind == "images":
         return tuple(f"{ORDINALS[k]} image :" for k in range(pictures))
-    return ("video :" if kind == "video" else "", *[""] * (pictures - 1))
+    if kind == "video":
+        return tuple(f"{'' if k else 'video : '}{ORDINALS[k]} frame :" for k in range(pictures))
+    return ("",) * pictures
 
 
 def image_prompt(split: str, index: int, family: str, rng: np.random.Generator) -> Prompt | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from reference_vlm.evaluate import inputs_of
 from reference_vlm.model import build_processor, build_tokenizer, vocabulary
 from reference_vlm.packing import IGNORE, KINDS, Packer, Sheet, make_sheet
 from reference_vlm.questions import NUMBERS
-from reference_vlm.scenes import GLYPHS, PATCH, Scene, render
+from reference_vlm.scenes import GLYPHS, GRID, PATCH, Item, Scene, render
 from reference_vlm.suites import ORDINALS, SUITES, WAYS, Prompt, facts, make_suite, make_video
 
 
@@ -44,8 +45,28 @@ def test_answers_about_several_pictures_are_right() -> None:
             assert NUMBERS.index(answer) == len(objects)
         elif prompt.question.family == "color_of":
             assert [o.color for o in objects if o.shape == words[-5]] == [answer]
+        elif prompt.question.family == "position_of":
+            assert quarters(objects, " ".join(words[3:5])) == [answer]
         else:
             assert [o.shape for o in objects if o.color in words and o.shape == answer] == [answer]
+
+
+def quarters(objects: Sequence[Item], name: str) -> list[str]:
+    """Where the objects of a name are on the full canvas."""
+    middle = GRID * PATCH / 2
+    found = [o.center for o in objects if o.name == name]
+    return [f"{'top' if y < middle else 'bottom'} {'left' if x < middle else 'right'}" for x, y in found]
+
+
+def test_places_are_asked_in_the_frame_the_question_names() -> None:
+    differ = 0
+    for prompt in make_suite("video", "test", 40, ("position_in",)):
+        words = prompt.question.text.lower().rstrip("?").split()
+        at = ORDINALS.index(words[-2])
+        name = " ".join(words[3:5])
+        assert quarters(prompt.scenes[at].objects, name) == [prompt.question.answer]
+        differ += any(quarters(s.objects, name) != [prompt.question.answer] for s in prompt.scenes)
+    assert differ, "no question depends on its frame"
 
 
 def moved(a: Scene, b: Scene) -> np.ndarray:
@@ -60,7 +81,7 @@ def test_videos_move_one_object_as_the_answer_says() -> None:
         dx, dy = WAYS[prompt.question.answer]
         a, b = first.objects[0], last.objects[0]
         assert (np.sign(b.x - a.x), np.sign(b.y - a.y)) == (dx, dy)
-        assert abs(b.x - a.x) + abs(b.y - a.y) >= PATCH
+        assert abs(b.x - a.x) + abs(b.y - a.y) >= max(2 * PATCH, a.size)
         assert a.name in prompt.question.text
         assert all(s.objects[1:] == first.objects[1:] and s.glyph == first.glyph for s in prompt.scenes)
         changed = moved(first, last)  # nothing but the moving object looks different
