@@ -15,7 +15,7 @@ from reference_vlm.suites import IMAGES, VIDEO, ask_suite, facts, lead_of, make_
 
 IGNORE = -100
 FAR = 7
-"""Least width of an object in a third of the training pictures: real ones are also taken from afar."""
+"""Least width of an object in a third of the training pictures and in all small ones: real ones are also taken from afar."""
 KINDS = {"image": 0.36, "images": 0.24, "video": 0.24, "text": 0.16}
 """Share of the steps of stage 1 spent on single pictures, several, videos, and pictures with a long text."""
 
@@ -113,6 +113,7 @@ def make_sheet(kind: str, index: int, pictures: int, size: tuple[int, int], word
     if frames is not None:
         about = (*ask_suite(VIDEO, frames, 6, rng), *ask_many(frames[0], 3, rng, ("color", "shape", "count", "exist")))
         return Sheet(tuple(frames), about, lead_of(kind, pictures))
-    scene = make_scene("train", index, size=size, smallest=SMALLEST if index % 3 else FAR)
+    far = index % 3 == 0 or size[0] * size[1] < GRID * GRID // 2
+    scene = make_scene("train", index, size=size, smallest=FAR if far else SMALLEST)
     number = pictures if kind == "video" else 1  # nothing in it can move: a still video
     return Sheet((scene,) * number, tuple(ask_many(scene, 10, rng)), lead_of(kind, number), facts(rng, words) if words else "")

@@ -95,8 +95,6 @@ def exist(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 def position(scene: Scene, rng: np.random.Generator) -> Question | None:
     """Which quarter of the image is it in? Asked only when the object's centre is clear of the middle lines."""
-    if min(scene.columns, scene.rows) < 5:
-        return None
     middle = scene.columns * PATCH / 2, scene.rows * PATCH / 2
     clear = [o for o in _unique_objects(scene) if all(abs(c - m) >= 5 for c, m in zip(o.center, middle, strict=True))]
     if not clear:

@@ -149,7 +149,7 @@ def draw_size(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def _draw_objects(rng: np.random.Generator, taken: list[Item], columns: int, rows: int, smallest: int) -> list[Item]:
-    limit = max(1, min(5, columns * rows // 16))
+    limit = max(1, min(5, columns * rows // 4))  # few visual tokens must not mean few objects
     wanted = int(rng.integers(1, limit + 1))
     shapes, colors = list(SHAPES), list(COLORS)
     theme = rng.random()  # repeated shapes or colours make counting questions worth asking
@@ -158,7 +158,8 @@ def _draw_objects(rng: np.random.Generator, taken: list[Item], columns: int, row
     elif theme < 0.5:
         colors = colors[(k := int(rng.integers(len(colors)))) : k + 1] * 3 + colors
     objects: list[Item] = []
-    largest = min(34, min(columns, rows) * PATCH)
+    room = 0.8 * (columns * rows / wanted) ** 0.5 * PATCH
+    largest = min(34, min(columns, rows) * PATCH, round(room))
     for _ in range(wanted):
         least = min(smallest, largest)
         size = round(least * (largest / least) ** rng.random())  # small ones are the more common, as in photographs
