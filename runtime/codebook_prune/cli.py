@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
+from codebook_prune.printing import answer_each, complain, print_comparison, print_summary
 from codebook_schemas.errors import UserError
 
 if TYPE_CHECKING:
-    from codebook_prune.answer import Asker, Run
-    from codebook_prune.media import Media
+    from codebook_prune.answer import Asker
     from codebook_prune.spec import AnyPruner
     from codebook_prune.video import Sampling
 
@@ -27,151 +25,171 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 Files = Annotated[
     list[Path], typer.Argument(metavar="FILE...", help="Files, folders or patterns; each file gets its own answer.")
 ]
-Model = Annotated[str, typer.Option(help="Model folder or Hub id; 'reference' is the package's own.")]
-Prompt = Annotated[str, typer.Option(help="The question.")]
-Codebook = Annotated[str | None, typer.Option(help="Codebook folder or Hub id, built from this model.")]
 Spec = Annotated[str, typer.Option(help="What drops tokens: a name, name(parameter=value, ...), or several joined by |.")]
-KeepTokens = Annotated[int | None, typer.Option(help="Budget: visual tokens kept of every image or frame.")]
-KeepRatio = Annotated[float | None, typer.Option(help="Budget: fraction of the visual tokens kept, in (0, 1].")]
-Threshold = Annotated[float | None, typer.Option(help="Budget: keep tokens whose redundancy is lower than this.")]
-Positions = Annotated[
-    Literal["compact", "original"] | None,
-    typer.Option(help="Renumber the kept tokens (default), or keep their own positions (grounding)."),
-]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
-Compare = Annotated[bool, typer.Option("--compare", help="Also answer without pruning.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object a line and file, nothing else.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: cuda if there is one.")]
-Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Precision of the model.")]
 Frames = Annotated[int | None, typer.Option(help="Look at this many frames, spread evenly. Default: 8.")]
 Fps = Annotated[float | None, typer.Option(help="Look at this many frames a second instead.")]
-Overlay = Annotated[
-    Path | None, typer.Option(help="Write a picture of what was kept; with several files, one each, named after it.")
-]
+Compare = Annotated[bool, typer.Option("--compare", help="Also answer without pruning.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object a line and file, nothing else.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What every command that asks takes: the fields are its options."""
+
+    model: Annotated[str, typer.Option(help="Model folder or Hub id; 'reference' is the package's own.")]
+    prompt: Annotated[str, typer.Option(help="The question.")]
+    codebook: Annotated[str | None, typer.Option(help="Codebook folder or Hub id, built from this model.")] = None
+    keep_tokens: Annotated[int | None, typer.Option(help="Budget: visual tokens kept of every image or frame.")] = None
+    keep_ratio: Annotated[float | None, typer.Option(help="Budget: fraction of the visual tokens kept, in (0, 1].")] = None
+    threshold: Annotated[float | None, typer.Option(help="Budget: keep tokens whose redundancy is lower than this.")] = None
+    positions: Annotated[
+        Literal["compact", "original"] | None,
+        typer.Option(help="Renumber the kept tokens (default), or keep their own positions (grounding)."),
+    ] = None
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: cuda if there is one.")] = None
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Precision of the model.")] = "auto"
+
+    def pruners(self, specs: Sequence[str]) -> list[AnyPruner]:
+        """The pruners of some specs; the budget goes to every one that takes it and has none.
+
+        Raises:
+            UserError: a bad spec, budget or codebook, or one that is missing.
+        """
+        from codebook_prune.budget import Budget
+        from codebook_prune.codebook import Codebook
+        from codebook_prune.spec import BUDGETS, PrunerSpec
+
+        given = {name: value for name in BUDGETS if (value := getattr(self, name)) is not None}
+        if given:
+            Budget(**given)
+        parsed = [PrunerSpec.parse(text) for text in specs]
+        takers = [spec for spec in parsed if spec.takes(given)]
+        if given and not takers:
+            parsed[0].build(codebook=None, **given)  # says why
+        needing = [spec.text for spec in parsed if spec.needs_codebook]
+        if needing and self.codebook is None:
+            raise UserError(f"the pruner {needing[0]} needs a codebook: give --codebook, or another --pruner, such as divprune")
+        book = Codebook.from_pretrained(self.codebook) if needing and self.codebook is not None else None
+        return [spec.build(codebook=book, positions=self.positions, **(given if spec in takers else {})) for spec in parsed]
+
+    def asker(self) -> Asker:
+        """The model with this question (see `load_asker`)."""
+        from codebook_prune.answer import load_asker
+
+        return load_asker(self.model, self.prompt, self.max_new_tokens, self.device, self.dtype)
+
+
+def asking(command: Callable[..., int | None]) -> Callable[..., int | None]:
+    """Make the fields of a command's parameter `question` options of the command itself."""
+    options = signature(Question, eval_str=True).parameters
+
+    @functools.wraps(command)
+    def run(**given: Any) -> int | None:
+        return command(question=Question(**{name: given.pop(name) for name in options}), **given)
+
+    shown: list[Parameter] = []
+    for name, own in signature(command, eval_str=True).parameters.items():
+        shown += options.values() if name == "question" else [own.replace(kind=Parameter.KEYWORD_ONLY)]
+    run.__signature__ = Signature(shown)  # type: ignore[attr-defined]
+    return run
 
 
 @app.callback()
 def root() -> None:
     """Drop visual tokens that say nothing before decoder layer 0 of a vision-language model."""
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before the libraries are imported
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.simplefilter("ignore")
 
 
 @app.command()
-def image(  # noqa: PLR0913, PLR0917
+@asking
+def image(
     files: Files,
-    model: Model,
-    prompt: Prompt,
+    question: Question,
     pruner: Spec = "codebook",
-    codebook: Codebook = None,
-    keep_tokens: KeepTokens = None,
-    keep_ratio: KeepRatio = None,
-    threshold: Threshold = None,
-    positions: Positions = None,
-    max_new_tokens: MaxNewTokens = 64,
     compare: Compare = False,
-    overlay: Overlay = None,
+    overlay: Annotated[
+        Path | None, typer.Option(help="Write a picture of what was kept; with several files, one each, named after it.")
+    ] = None,
     as_json: Json = False,
-    device: Device = None,
-    dtype: Dtype = "auto",
 ) -> int:
     """Ask a question about images with their redundant visual tokens dropped."""
-    quiet()
-    from codebook_prune.answer import load_asker
     from codebook_prune.media import IMAGES, check_some, expand
     from codebook_prune.overlay import overlay_paths
 
-    chosen = prepare([pruner], codebook, positions, keep_tokens=keep_tokens, keep_ratio=keep_ratio, threshold=threshold)
+    chosen = question.pruners([pruner])
     found = expand(files, IMAGES)
     pictures = overlay_paths(overlay, found)
     check_some(found, None)
-    asker = load_asker(model, prompt, max_new_tokens, device, dtype)
-    return answer_each(asker, found, None, [*chosen, None] if compare else chosen, pictures, as_json)
+    return answer_each(question.asker(), found, None, [*chosen, None] if compare else chosen, pictures, as_json)
 
 
 @app.command()
-def video(  # noqa: PLR0913, PLR0917
+@asking
+def video(
     files: Files,
-    model: Model,
-    prompt: Prompt,
+    question: Question,
     pruner: Spec = "codebook",
-    codebook: Codebook = None,
     frames: Frames = None,
     fps: Fps = None,
-    keep_tokens: KeepTokens = None,
-    keep_ratio: KeepRatio = None,
-    threshold: Threshold = None,
-    positions: Positions = None,
-    max_new_tokens: MaxNewTokens = 64,
     compare: Compare = False,
     overlay: Annotated[
         Path | None, typer.Option(help="Write what was kept of the frames: out.mp4, or a contact sheet (.png, .jpg, .webp).")
     ] = None,
     as_json: Json = False,
-    device: Device = None,
-    dtype: Dtype = "auto",
 ) -> int:
     """Ask a question about videos. Models without a placeholder for videos are given the frames as images."""
-    quiet()
-    from codebook_prune.answer import load_asker
     from codebook_prune.media import VIDEOS, check_some, expand
     from codebook_prune.overlay import PICTURES, overlay_paths
-    from codebook_prune.video import Sampling
 
-    sampling = Sampling(8 if frames is None and fps is None else frames, fps)
-    chosen = prepare([pruner], codebook, positions, keep_tokens=keep_tokens, keep_ratio=keep_ratio, threshold=threshold)
+    sampling = sampled(frames, fps)
+    chosen = question.pruners([pruner])
     found = expand(files, VIDEOS)
     pictures = overlay_paths(overlay, found, (".mp4", *PICTURES))
     check_some(found, sampling)
-    asker = load_asker(model, prompt, max_new_tokens, device, dtype)
-    return answer_each(asker, found, sampling, [*chosen, None] if compare else chosen, pictures, as_json)
+    return answer_each(question.asker(), found, sampling, [*chosen, None] if compare else chosen, pictures, as_json)
 
 
 @app.command()
-def compare(  # noqa: PLR0913, PLR0917
+@asking
+def compare(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="An image or a video.")],
+    question: Question,
     pruner: Annotated[list[str], typer.Option(help="Give it once for each pruner; see codebook-prune image.")],
-    model: Model,
-    prompt: Prompt,
-    codebook: Codebook = None,
     frames: Frames = None,
     fps: Fps = None,
-    keep_tokens: KeepTokens = None,
-    keep_ratio: KeepRatio = None,
-    threshold: Threshold = None,
-    positions: Positions = None,
-    max_new_tokens: MaxNewTokens = 64,
     overlay: Annotated[Path | None, typer.Option(help="Write what each kept side by side, with its answer.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, nothing else.")] = False,
-    device: Device = None,
-    dtype: Dtype = "auto",
 ) -> None:
     """Answer one question about one file with several pruners, and without. A budget is for all pruners that hold none."""
-    quiet()
-    from codebook_prune.answer import load_asker
     from codebook_prune.drawing import draw_comparison
     from codebook_prune.media import VIDEOS, open_media
     from codebook_prune.overlay import overlay_paths
-    from codebook_prune.video import Sampling
 
     is_video = file.suffix.lower() in VIDEOS
     if not is_video and (frames, fps) != (None, None):
         raise UserError(f"{file} is no video: leave out --frames and --fps")
-    sampling = Sampling(8 if frames is None and fps is None else frames, fps) if is_video else None
-    chosen = prepare(pruner, codebook, positions, keep_tokens=keep_tokens, keep_ratio=keep_ratio, threshold=threshold)
+    sampling = sampled(frames, fps) if is_video else None
+    chosen = question.pruners(pruner)
     (picture,) = overlay_paths(overlay, [file])
     media = open_media(file, sampling)
-    asker = load_asker(model, prompt, max_new_tokens, device, dtype)
+    asker = question.asker()
     asker.check(chosen)
     names, runs = ["unpruned", *pruner], asker.ask(media, [None, *chosen])
     if picture is not None:
         draw_comparison(media, names, runs, asker.image_processor, picture)
-    if as_json:
-        results = [{"pruner": name, **run.as_dict()} for name, run in zip(names, runs, strict=True)]
-        write_line({"file": str(file), **of_video(media), "results": results, **written(picture)})
-        return
-    table = new_table("pruner")
-    for name, run in zip(names, runs, strict=True):
-        table.add_row(Text(name), *cells(run))
-    Console().print(table)
+    print_comparison(media, names, runs, picture, as_json)
+
+
+def sampled(frames: int | None, fps: float | None) -> Sampling:
+    """Which frames are looked at, eight where nothing is said."""
+    from codebook_prune.video import Sampling
+
+    return Sampling(8 if frames is None and fps is None else frames, fps)
 
 
 @app.command()
@@ -180,7 +198,6 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, nothing else.")] = False,
 ) -> None:
     """Verify every file of a codebook and say what is in it."""
-    quiet()
     from codebook_prune.codebook import Codebook
 
     loaded = Codebook.from_pretrained(codebook)
@@ -203,130 +220,7 @@ def inspect(
         "files_verified": len(manifest.files),
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
     }
-    if as_json:
-        write_line(summary)
-        return
-    table = Table("", "", show_header=False)
-    for name, value in summary.items():
-        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
-        table.add_row(name.replace("_", " "), Text("" if text is None else str(text)))
-    Console().print(table)
-
-
-def prepare(specs: Sequence[str], codebook: str | None, positions: str | None, **budget: Any) -> list[AnyPruner]:
-    """The pruners of some specs; the budget goes to every one that takes it and has none.
-
-    Raises:
-        UserError: a bad spec, budget or codebook, or one that is missing.
-    """
-    from codebook_prune.budget import Budget
-    from codebook_prune.codebook import Codebook
-    from codebook_prune.spec import PrunerSpec
-
-    given = {name: value for name, value in budget.items() if value is not None}
-    if given:
-        Budget(**given)
-    parsed = [PrunerSpec.parse(text) for text in specs]
-    takers = [spec for spec in parsed if spec.takes(given)]
-    if given and not takers:
-        parsed[0].build(codebook=None, **given)  # says why
-    needing = [spec.text for spec in parsed if spec.needs_codebook]
-    if needing and codebook is None:
-        raise UserError(f"the pruner {needing[0]} needs a codebook: give --codebook, or another --pruner, such as divprune")
-    book = Codebook.from_pretrained(codebook) if needing and codebook is not None else None
-    return [spec.build(codebook=book, positions=positions, **(given if spec in takers else {})) for spec in parsed]
-
-
-def answer_each(
-    asker: Asker,
-    files: Sequence[Path],
-    sampling: Sampling | None,
-    pruners: Sequence[AnyPruner | None],
-    pictures: Sequence[Path | None],
-    as_json: bool,
-) -> int:
-    """Answer about every file, past those that cannot be used; what was answered is shown also when interrupted.
-
-    Returns:
-        The exit code: 0, 1 (some files could not be used) or 2 (none could).
-    """
-    from codebook_prune.drawing import draw_answer
-    from codebook_prune.media import open_media
-
-    asker.check([pruner for pruner in pruners if pruner is not None])
-    table, failed = new_table("file", ""), list[Path]()
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    try:
-        with Progress(*columns, console=console, disable=len(files) == 1 or not console.is_terminal) as progress:
-            for file, picture in zip(progress.track(files, description="answering"), pictures, strict=True):
-                try:
-                    media = open_media(file, sampling)
-                    pruned, *plain = asker.ask(media, pruners)
-                    if picture is not None:
-                        draw_answer(media, pruned, asker.image_processor, picture)
-                except UserError as error:
-                    failed.append(file)
-                    console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-                    if as_json:
-                        write_line({"file": str(file), "error": str(error)})
-                    continue
-                if as_json:
-                    write_line(record(media, pruned, plain) | written(picture))
-                table.add_row(Text(str(file)), "pruned", *cells(pruned))
-                for run in plain:
-                    table.add_row("", "unpruned", *cells(run))
-    finally:
-        if not as_json and table.row_count:
-            Console().print(table)
-    if failed and len(files) > 1:
-        names = ", ".join(map(str, failed[:5])) + (", ..." if len(failed) > 5 else "")
-        complain(f"{len(failed)} of {len(files)} files could not be used: {names}")
-    return 0 if not failed else 1 if len(failed) < len(files) else 2
-
-
-def record(media: Media, pruned: Run, plain: Sequence[Run]) -> dict[str, Any]:
-    """One file's JSON."""
-    unpruned = {"unpruned": plain[0].as_dict()} if plain else {}
-    return {"file": str(media.file), **of_video(media), **pruned.as_dict(), **unpruned}
-
-
-def of_video(media: Media) -> dict[str, Any]:
-    """What JSON says of a video's frames: the second each is shown at."""
-    return {"frames": [round(time, 3) for time in media.seconds]} if media.is_video else {}
-
-
-def written(picture: Path | None) -> dict[str, str]:
-    """What JSON says of an overlay."""
-    return {} if picture is None else {"overlay": str(picture)}
-
-
-def new_table(*first: str) -> Table:
-    """An empty table of answers, tokens and times."""
-    table = Table(*first, "answer", "tokens", "prefill ms", "prune ms", "total ms")
-    table.columns[0].overflow = "fold"
-    return table
-
-
-def cells(run: Run) -> list[Text]:
-    """A run as the last cells of a row of `new_table`."""
-    pruning = f"{run.prune_ms:.2f}" if run.kept else ""
-    return [Text(x) for x in (run.answer, run.tokens, f"{run.prefill_ms:.1f}", pruning, f"{run.total_ms:.0f}")]
-
-
-def write_line(value: dict[str, Any]) -> None:
-    """Print JSON as one line, in one piece: an interrupt cannot cut it."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
-    sys.stdout.flush()
-
-
-def quiet() -> None:
-    """Keep libraries from writing progress bars and warnings; must run before they are imported."""
-    import warnings
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.simplefilter("ignore")
+    print_summary(summary, as_json)
 
 
 def main(arguments: list[str] | None = None) -> Any:
@@ -348,9 +242,3 @@ def main(arguments: list[str] | None = None) -> Any:
     if code == 130:
         print("interrupted", file=sys.stderr)
     raise SystemExit(code)
-
-
-def complain(text: str) -> int:
-    """Print an error as one line; the exit code for bad input."""
-    print("error: " + " ".join(text.split()), file=sys.stderr)
-    return 2

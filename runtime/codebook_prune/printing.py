@@ -1,0 +1,132 @@
+"""What the command line prints: answers file by file, as a table or as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from codebook_schemas.errors import UserError
+
+if TYPE_CHECKING:
+    from codebook_prune.answer import Asker, Run
+    from codebook_prune.media import Media
+    from codebook_prune.spec import AnyPruner
+    from codebook_prune.video import Sampling
+
+
+def answer_each(
+    asker: Asker,
+    files: Sequence[Path],
+    sampling: Sampling | None,
+    pruners: Sequence[AnyPruner | None],
+    pictures: Sequence[Path | None],
+    as_json: bool,
+) -> int:
+    """Answer about every file, past those that cannot be used; what was answered is shown also when interrupted.
+
+    Returns:
+        The exit code: 0, 1 (some files could not be used) or 2 (none could).
+    """
+    from codebook_prune.drawing import draw_answer
+    from codebook_prune.media import open_media
+
+    asker.check([pruner for pruner in pruners if pruner is not None])
+    table, failed = new_table("file", ""), list[Path]()
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    try:
+        with Progress(*columns, console=console, disable=len(files) == 1 or not console.is_terminal) as progress:
+            for file, picture in zip(progress.track(files, description="answering"), pictures, strict=True):
+                try:
+                    media = open_media(file, sampling)
+                    pruned, *plain = asker.ask(media, pruners)
+                    if picture is not None:
+                        draw_answer(media, pruned, asker.image_processor, picture)
+                except UserError as error:
+                    failed.append(file)
+                    console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+                    if as_json:
+                        write_line({"file": str(file), "error": str(error)})
+                    continue
+                if as_json:
+                    unpruned = {"unpruned": plain[0].as_dict()} if plain else {}
+                    write_line(of_file(media) | pruned.as_dict() | unpruned | written(picture))
+                add_row(table, (str(file), "pruned"), pruned)
+                for run in plain:
+                    add_row(table, ("", "unpruned"), run)
+    finally:
+        if not as_json and table.row_count:
+            Console().print(table)
+    if failed and len(files) > 1:
+        names = ", ".join(map(str, failed[:5])) + (", ..." if len(failed) > 5 else "")
+        complain(f"{len(failed)} of {len(files)} files could not be used: {names}")
+    return 0 if not failed else 1 if len(failed) < len(files) else 2
+
+
+def print_comparison(media: Media, names: Sequence[str], runs: Sequence[Run], picture: Path | None, as_json: bool) -> None:
+    """Print what several pruners, by name, made of one file."""
+    if as_json:
+        results = [{"pruner": name, **run.as_dict()} for name, run in zip(names, runs, strict=True)]
+        write_line({**of_file(media), "results": results, **written(picture)})
+        return
+    table = new_table("pruner")
+    for name, run in zip(names, runs, strict=True):
+        add_row(table, (name,), run)
+    Console().print(table)
+
+
+def print_summary(summary: dict[str, Any], as_json: bool) -> None:
+    """Print names with their values."""
+    if as_json:
+        write_line(summary)
+        return
+    table = Table("", "", show_header=False)
+    for name, value in summary.items():
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        table.add_row(name.replace("_", " "), Text("" if text is None else str(text)))
+    Console().print(table)
+
+
+def of_file(media: Media) -> dict[str, Any]:
+    """What JSON says of a file: its name; of a video also the second each frame is shown at."""
+    frames = {"frames": [round(time, 3) for time in media.seconds]} if media.is_video else {}
+    return {"file": str(media.file), **frames}
+
+
+def written(picture: Path | None) -> dict[str, str]:
+    """What JSON says of an overlay."""
+    return {} if picture is None else {"overlay": str(picture)}
+
+
+def new_table(*first: str) -> Table:
+    """An empty table of answers, tokens and times."""
+    table = Table(*first, "answer", "tokens", "prefill ms", "prune ms", "total ms")
+    table.columns[0].overflow = "fold"
+    return table
+
+
+def add_row(table: Table, first: Sequence[str], run: Run) -> None:
+    """Add a run to a `new_table`."""
+    pruning = f"{run.prune_ms:.2f}" if run.kept else ""
+    cells = (*first, run.answer, run.tokens, f"{run.prefill_ms:.1f}", pruning, f"{run.total_ms:.0f}")
+    table.add_row(*map(Text, cells))
+
+
+def write_line(value: dict[str, Any]) -> None:
+    """Print JSON as one line, in one piece: an interrupt cannot cut it."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def complain(text: str) -> int:
+    """Print an error as one line; the exit code for bad input."""
+    print("error: " + " ".join(text.split()), file=sys.stderr)
+    return 2
