@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
-from codebook_prune.adapters.base import VisualTokens
 from codebook_prune.pruners.base import Pruner
+from codebook_prune.visual_tokens import VisualTokens
 from reference_vlm.scenes import PADDING, PATCH, SIDE
 
 

@@ -23,10 +23,10 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from benchmarks.report import publish
 from codebook_prune import Codebook, CodebookPruner, RandomPruner, load_model
-from codebook_prune.adapters.base import VisualTokens
 from codebook_prune.adapters.loading import adapter_for
 from codebook_prune.flops import decoder_flops
 from codebook_prune.spec import parse_pruner
+from codebook_prune.visual_tokens import VisualTokens
 from codebook_schemas import CodebookManifest, FileEntry, ModelInfo, Part, Thresholds
 from reference_vlm import CHECKPOINT
 

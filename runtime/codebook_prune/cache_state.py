@@ -1,15 +1,19 @@
-"""What a key-value cache must remember once tokens were dropped in front of it."""
+"""What a key-value cache must remember once tokens were dropped in front of it, and calls on it, which speak of the unpruned
+sequence, put into its terms."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from codebook_prune.columns import join
 from codebook_schemas import UserError
 
+Arguments = Mapping[str, Any]
 ATTRIBUTE = "_codebook_prune_state"
 STAGES = "_codebook_prune_stages"
 
@@ -130,3 +134,39 @@ def refuse_fixed_length(cache: Any) -> None:
     """Refuse static (compiled) caches: their length is fixed before it is known how many tokens stay (raises UserError)."""
     if cache is not None and getattr(cache, "is_compileable", False):
         raise UserError("a static cache cannot hold a pruned sequence: use the dynamic one (leave cache_implementation unset)")
+
+
+def counting_row(positions: Tensor | None) -> Tensor | None:
+    """Of a call's `position_ids` those that count tokens: [batch, length] as they are; of the four rows of M-RoPE (text, time,
+    height, width) the first; None where there are none."""
+    if positions is None or positions.ndim == 2:
+        return positions
+    return positions[0] if len(positions) == 4 else None
+
+
+def positions_of(kwargs: Arguments, state: CacheState, cached: int) -> Tensor:
+    """Positions [..., batch, length] of the unpruned sequence: those in the decoder's arguments, or what it would fill in."""
+    embeds, given = kwargs["inputs_embeds"], kwargs.get("position_ids")
+    if given is None:
+        given = torch.arange(embeds.shape[1], device=embeds.device).unsqueeze(0) + state.seen(cached)
+    positions: Tensor = given.to(embeds.device).expand(*given.shape[:-2], len(embeds), -1)
+    return positions
+
+
+def numbered(call: Arguments, kwargs: Arguments, state: CacheState, cached: int) -> dict[str, Any]:
+    """Positions that the base model, not the caller, worked out on a pruned cache, put right: it goes on from the cache's
+    length, or numbers every column of the mask."""
+    given = kwargs.get("position_ids")
+    if not state.pruned or given is None or call.get("position_ids") is not None:
+        return {}
+    missed = 0 if call.get("attention_mask") is not None else state.seen(cached) - cached
+    return {"position_ids": given[..., -kwargs["inputs_embeds"].shape[1] :] + missed}
+
+
+def continued(kwargs: Arguments, state: CacheState, cached: int) -> dict[str, Any]:
+    """The decoder's mask and positions in a call that drops nothing, on a cache that is pruned."""
+    embeds = kwargs["inputs_embeds"]
+    state.check_rows(len(embeds))
+    past, new = state.split_mask(kwargs.get("attention_mask"), cached, embeds.device)
+    mask = None if past is None and new is None else join(past, new, len(embeds), cached, embeds.shape[1])
+    return {"attention_mask": mask, "position_ids": positions_of(kwargs, state, cached) - state.shift}

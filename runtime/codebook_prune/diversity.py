@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codebook_prune.adapters.base import VisualTokens
+from codebook_prune.visual_tokens import VisualTokens
 
 SMALLEST_GAIN = 1e-10
 

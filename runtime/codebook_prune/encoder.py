@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codebook_prune.adapters.base import EncoderView, VLMAdapter
+from codebook_prune.adapters.base import VLMAdapter
 from codebook_prune.attention import Tap, probabilities
 from codebook_prune.budget import sources
+from codebook_prune.visual_tokens import EncoderView
 from codebook_schemas import UserError
 
 ATTRIBUTE = "_codebook_prune_encoder"

@@ -19,20 +19,22 @@ One block a model at a time, one thread a block.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from codebook_prune.adapters.base import VLMAdapter
-from codebook_prune.adapters.loading import adapter_for
 from codebook_prune.cache_state import (
     UNPRUNED,
     CacheState,
     attach_state,
+    continued,
+    counting_row,
     layer_length,
+    numbered,
+    positions_of,
     refuse_fixed_length,
     stages_of,
     state_of,
@@ -46,47 +48,6 @@ from codebook_prune.stats import PruneStats
 from codebook_schemas import UserError
 
 Arguments = dict[str, Any]
-
-
-@contextmanager
-def pruned(
-    model: Any, pruners: Sequence[Pruner | LayerPruner], stats: PruneStats, full_length: bool = False
-) -> Iterator[PruneStats]:
-    """A block in which every call of `model` is pruned; leaving it, also by an exception, removes every trace.
-
-    Args:
-        model: a transformers vision-language model of a supported family.
-        pruners: applied in this order, each to what the one before kept; those inside the decoder layer by layer.
-        stats: reset, filled, and yielded.
-        full_length: give last hidden states and logits the caller's length, so that `labels` can be given.
-
-    Raises:
-        UserError: unsupported model type, sliding-window or chunked attention, a pruner that does not fit the model, or a model
-            that is already in such a block.
-    """
-    adapter = adapter_for(model)
-    _check_attention(adapter, pruners)
-    decoder, base = adapter.decoder, model.base_model
-    if any(isinstance(getattr(hook, "__self__", None), Engine) for hook in decoder._forward_pre_hooks.values()):
-        raise UserError("this model is already being pruned: leave that block first, or chain the pruners with |")
-    for pruner in pruners:
-        if isinstance(pruner, Pruner):
-            pruner.check(adapter)
-    engine = Engine(adapter, pruners, stats, full_length)
-    stats.reset()
-    handles: list[Any] = []
-    try:
-        engine.drops.install(handles)
-        if engine.encoder is not None:
-            engine.encoder.install(handles)
-        handles.append(model.register_forward_pre_hook(engine.before_model, with_kwargs=True))
-        handles.append(base.register_forward_pre_hook(engine.before_base, with_kwargs=True))
-        handles.append(decoder.register_forward_pre_hook(engine.before_decoder, with_kwargs=True))
-        handles.append(decoder.register_forward_hook(engine.after_decoder, with_kwargs=True))
-        yield stats
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Engine:
@@ -107,6 +68,17 @@ class Engine:
         self._labels: Tensor | None = None
         self._left: tuple[Tensor, Tensor] | None = None  # the call's columns that enter, as `packed` gives them; None: all
         self._length = 0  # the call's columns before any drop
+
+    def install(self, handles: list[Any]) -> None:
+        """Put hooks and taps in place, what removes them into `handles`."""
+        self.drops.install(handles)
+        if self.encoder is not None:
+            self.encoder.install(handles)
+        model, decoder = self.adapter.model, self.adapter.decoder
+        handles.append(model.register_forward_pre_hook(self.before_model, with_kwargs=True))
+        handles.append(model.base_model.register_forward_pre_hook(self.before_base, with_kwargs=True))
+        handles.append(decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True))
+        handles.append(decoder.register_forward_hook(self.after_decoder, with_kwargs=True))
 
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> tuple[tuple[()], Arguments] | None:
         """Take labels over, to be ignored where tokens are dropped; refuse them where logits have the pruned length."""
@@ -155,8 +127,8 @@ class Engine:
         for held in stages.values():
             held.check_rows(len(kwargs["inputs_embeds"]))
         self._state, self._left, self._length, images = state, None, kwargs["inputs_embeds"].shape[1], None
-        kwargs = kwargs | self._numbered(call, kwargs, state, cached)
-        changed = self._continued(kwargs, state, cached) if state.pruned else {}
+        kwargs = kwargs | numbered(call, kwargs, state, cached)
+        changed = continued(kwargs, state, cached) if state.pruned else {}
         if brings_images(call):
             with self.stats.timed(kwargs["inputs_embeds"].device):
                 embeds, positions = kwargs["inputs_embeds"], kwargs.get("position_ids")
@@ -218,19 +190,11 @@ class Engine:
             valid=torch.ones(rows, columns, dtype=torch.bool, device=device)
             if mask is None
             else mask[:, -columns:].to(device, torch.bool),
-            positions=changed["position_ids"] if changed else self._positions(kwargs, state, cached),
+            positions=changed["position_ids"] if changed else positions_of(kwargs, state, cached),
             images=images,
             state=state,
             stages=stages,
         )
-
-    def _continued(self, kwargs: Arguments, state: CacheState, cached: int) -> Arguments:
-        """Mask and positions of a call that drops nothing, on a cache that is pruned."""
-        embeds = kwargs["inputs_embeds"]
-        state.check_rows(len(embeds))
-        past, new = state.split_mask(kwargs.get("attention_mask"), cached, embeds.device)
-        mask = None if past is None and new is None else join(past, new, len(embeds), cached, embeds.shape[1])
-        return {"attention_mask": mask, "position_ids": self._positions(kwargs, state, cached) - state.shift}
 
     def _shortened(self, kwargs: Arguments, keep: Tensor, state: CacheState, cached: int) -> tuple[Arguments, CacheState]:
         """The decoder's arguments without the tokens `keep` [batch, length] leaves out, and the cache's state afterwards."""
@@ -242,7 +206,7 @@ class Engine:
         keep = keep if new is None else new & keep
         index, valid, even = packed(keep)
         longest = index.shape[1]
-        positions, shift = self._positions(kwargs, state, cached), state.shift
+        positions, shift = positions_of(kwargs, state, cached), state.shift
         if self.compact:
             positions = positions - state.shift - dropped.cumsum(1)
             shift = state.shift + dropped.sum(1, keepdim=True)
@@ -255,23 +219,6 @@ class Engine:
         }
         self._left = index, valid
         return changed | self.adapter.shortened(kwargs, keep, index, valid), after
-
-    def _numbered(self, call: Arguments, kwargs: Arguments, state: CacheState, cached: int) -> Arguments:
-        """Positions that the base model, not the caller, worked out on a pruned cache, put right: it goes on from the cache's
-        length, or numbers every column of the mask."""
-        given = kwargs.get("position_ids")
-        if not state.pruned or given is None or call.get("position_ids") is not None:
-            return {}
-        missed = 0 if call.get("attention_mask") is not None else state.seen(cached) - cached
-        return {"position_ids": given[..., -kwargs["inputs_embeds"].shape[1] :] + missed}
-
-    def _positions(self, kwargs: Arguments, state: CacheState, cached: int) -> Tensor:
-        """Positions [..., batch, length] of the unpruned sequence: the caller's, or those the model would fill in."""
-        embeds, given = kwargs["inputs_embeds"], kwargs.get("position_ids")
-        if given is None:
-            given = torch.arange(embeds.shape[1], device=embeds.device).unsqueeze(0) + state.seen(cached)
-        positions: Tensor = given.to(embeds.device).expand(*given.shape[:-2], len(embeds), -1)
-        return positions
 
     def _choose(self, images: EnteringImages, embeds: Tensor) -> tuple[Tensor, Tensor] | None:
         """Input embeddings of a call, merged where a pruner did so, and keep mask [batch, length] bool; None when everything
@@ -300,31 +247,8 @@ def named(names: Sequence[str], args: tuple[Any, ...], kwargs: Arguments) -> Arg
     return dict(zip(names, args, strict=False)) | kwargs
 
 
-def counting_row(positions: Tensor | None) -> Tensor | None:
-    """Of a call's `position_ids` those that count tokens: [batch, length] as they are; of the four rows of M-RoPE (text, time,
-    height, width) the first; None where there are none."""
-    if positions is None or positions.ndim == 2:
-        return positions
-    return positions[0] if len(positions) == 4 else None
-
-
 def brings_images(call: Arguments) -> bool:
     """Whether visual embeddings enter in this call (a placeholder id alone, generated or resent, brings none)."""
     pixels = (call.get(name) for name in ("pixel_values", "pixel_values_videos"))
     encoded = (call.get("mm_encoder_outputs") or {}).values()
     return any(value is not None for value in (*pixels, *encoded))
-
-
-def _check_attention(adapter: VLMAdapter, pruners: Sequence[Pruner | LayerPruner]) -> None:
-    """Refuse decoders whose masks count columns, not positions, where that makes a difference."""
-    if adapter.own_masks:
-        if not all(isinstance(pruner, Pruner) and pruner.positions == "compact" for pruner in pruners):
-            raise UserError(
-                f"{adapter.family} has sliding-window layers: only pruners in front of layer 0 with positions='compact' fit it"
-            )
-        return
-    config = adapter.config.get_text_config()
-    kinds = getattr(config, "layer_types", None)
-    windowed = any(getattr(config, name, None) is not None for name in ("sliding_window", "attention_chunk_size"))
-    if windowed if kinds is None else any(kind != "full_attention" for kind in kinds):
-        raise UserError("this model has sliding-window or chunked attention layers, which cannot be pruned")

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codebook_prune.adapters.base import VisualTokens, VLMAdapter, entering_tokens
+from codebook_prune.adapters.base import VLMAdapter, entering_tokens
 from codebook_prune.encoder import EncoderTap
-from codebook_prune.pruners.base import Kept, Pruner
+from codebook_prune.pruners.base import Pruner
+from codebook_prune.visual_tokens import Kept, VisualTokens
 
 
 @dataclass(frozen=True)

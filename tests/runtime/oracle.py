@@ -10,8 +10,8 @@ import torch
 from conftest import noise_image, tiny_processor
 from torch import Tensor
 
-from codebook_prune.adapters.base import VisualTokens
 from codebook_prune.pruners.base import Pruner
+from codebook_prune.visual_tokens import VisualTokens
 
 PROCESSOR = tiny_processor()
 QUESTIONS = ("describe the image .", "what color is the red circle ?", "is there a star or a ring and how many ?")

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, LlavaForConditionalGeneration, MistralConfig, StaticCache
 
 from codebook_prune import RandomPruner, UniformPruner, UserError
-from codebook_prune.adapters.base import VisualTokens
 from codebook_prune.pruners.base import Pruner
+from codebook_prune.visual_tokens import VisualTokens
 
 MODEL = tiny_llava()
 ONE = inputs_of([prompt(1, 1)])

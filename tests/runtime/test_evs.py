@@ -12,7 +12,7 @@ from oracle import Prompt, inputs_of
 from torch import Tensor
 
 from codebook_prune import EVSPruner, UniformPruner
-from codebook_prune.adapters.base import VisualTokens
+from codebook_prune.visual_tokens import VisualTokens
 
 FRAMES, ROWS, COLUMNS, WIDTH = 5, 3, 4, 8
 

@@ -15,9 +15,9 @@ from oracle import inputs_of, prompt
 from torch import Tensor
 
 from codebook_prune import CDPrunerPruner, Codebook, CodebookDiversityPruner, DivPrunePruner, UserError
-from codebook_prune.adapters.base import VisualTokens
 from codebook_prune.diversity import _together, cosine_distances, farthest_first
 from codebook_prune.pruners.base import Pruner
+from codebook_prune.visual_tokens import VisualTokens
 
 MODEL = tiny_llava()
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
 from codebook_prune import PoolPruner, UniformPruner, UserError, VisionZipPruner
-from codebook_prune.adapters.base import EncoderView, VisualTokens
 from codebook_prune.pruners.base import Pruner
+from codebook_prune.visual_tokens import EncoderView, VisualTokens
 
 MODEL = tiny_llava()
 

@@ -31,9 +31,9 @@ from codebook_prune import (
     UserError,
     VisionZipPruner,
 )
-from codebook_prune.adapters.base import EncoderView, VisualTokens
 from codebook_prune.pruners import pruners
 from codebook_prune.pruners.base import LayerPruner, Pruner
+from codebook_prune.visual_tokens import EncoderView, VisualTokens
 
 MODEL = tiny_llava()
 

@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from codebook_prune.adapters.base import EnteringTokens, VLMAdapter
+from codebook_prune.adapters.base import VLMAdapter
 from codebook_prune.adapters.grids import raster, repeated
 from codebook_prune.adapters.loading import block_masks
+from codebook_prune.visual_tokens import EnteringTokens
 
 
 class Gemma3Adapter(VLMAdapter):
@@ -22,12 +23,6 @@ class Gemma3Adapter(VLMAdapter):
 
     model_types: ClassVar[tuple[str, ...]] = ("gemma3",)
     own_masks: ClassVar[bool] = True
-
-    @property
-    def connector(self) -> nn.Module:
-        """Pooling and projection."""
-        module: nn.Module = self.model.base_model.multi_modal_projector
-        return module
 
     def image_layout(self, entering: EnteringTokens) -> Tensor:
         """See `VLMAdapter.image_layout`: one square a crop."""

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codebook_prune.adapters.base import NOT_WHOLE, EnteringTokens
+from codebook_prune.adapters.base import NOT_WHOLE
+from codebook_prune.visual_tokens import EnteringTokens
 from codebook_schemas import UserError
 
 CLIP = "clip_vision_model"

@@ -7,8 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from codebook_prune.adapters.base import NOT_WHOLE, EnteringTokens, VLMAdapter
+from codebook_prune.adapters.base import NOT_WHOLE, VLMAdapter
 from codebook_prune.adapters.grids import grouped, raster
+from codebook_prune.visual_tokens import EnteringTokens
 from codebook_schemas import UserError
 
 

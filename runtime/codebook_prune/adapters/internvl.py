@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from codebook_prune.adapters.base import EnteringTokens, VLMAdapter
+from codebook_prune.adapters.base import VLMAdapter
 from codebook_prune.adapters.grids import frames_in, grouped, raster
+from codebook_prune.visual_tokens import EnteringTokens
 
 
 class InternVLAdapter(VLMAdapter):
@@ -18,12 +19,6 @@ class InternVLAdapter(VLMAdapter):
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("internvl",)
-
-    @property
-    def connector(self) -> nn.Module:
-        """The projector behind the pixel shuffle."""
-        module: nn.Module = self.model.base_model.multi_modal_projector
-        return module
 
     def image_layout(self, entering: EnteringTokens) -> Tensor:
         """See `VLMAdapter.image_layout`: the tower's square, each side shortened by the pixel shuffle."""

@@ -6,22 +6,17 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from codebook_prune.adapters.base import Encoder, EnteringTokens, VLMAdapter
+from codebook_prune.adapters.base import Encoder, VLMAdapter
 from codebook_prune.adapters.grids import clip_cosine, repeated, tower_square
+from codebook_prune.visual_tokens import EnteringTokens
 
 
 class LlavaAdapter(VLMAdapter):
     """LlavaForConditionalGeneration, VipLlava: `vision_tower` + `multi_modal_projector` + any decoder."""
 
     model_types: ClassVar[tuple[str, ...]] = ("llava", "vipllava")
-
-    @property
-    def connector(self) -> nn.Module:
-        """The projector."""
-        module: nn.Module = self.model.base_model.multi_modal_projector
-        return module
 
     @property
     def encoder(self) -> Encoder | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from codebook_prune.adapters.base import EnteringTokens, VLMAdapter
+from codebook_prune.adapters.base import VLMAdapter
 from codebook_prune.adapters.grids import (
     any_resolution,
     clip_cosine,
@@ -17,18 +17,13 @@ from codebook_prune.adapters.grids import (
     raster,
     tower_square,
 )
+from codebook_prune.visual_tokens import EnteringTokens
 
 
 class LlavaNextAdapter(VLMAdapter):
     """LlavaNextForConditionalGeneration, LlavaNextVideoForConditionalGeneration (Liu et al., LLaVA-NeXT, 2024)."""
 
     model_types: ClassVar[tuple[str, ...]] = ("llava_next", "llava_next_video")
-
-    @property
-    def connector(self) -> nn.Module:
-        """The projector."""
-        module: nn.Module = self.model.base_model.multi_modal_projector
-        return module
 
     def image_layout(self, entering: EnteringTokens) -> Tensor:
         """See `VLMAdapter.image_layout`: overview, then what unpadding left of the crops, a newline behind every row."""

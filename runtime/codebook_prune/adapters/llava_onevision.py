@@ -5,22 +5,17 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from codebook_prune.adapters.base import EnteringTokens, VLMAdapter
+from codebook_prune.adapters.base import VLMAdapter
 from codebook_prune.adapters.grids import any_resolution, frames_in, item_frame, newline_places, raster, tower_square
+from codebook_prune.visual_tokens import EnteringTokens
 
 
 class LlavaOnevisionAdapter(VLMAdapter):
     """LlavaOnevisionForConditionalGeneration; its SigLIP tower has no [CLS]."""
 
     model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
-
-    @property
-    def connector(self) -> nn.Module:
-        """The projector."""
-        module: nn.Module = self.model.base_model.multi_modal_projector
-        return module
 
     def image_layout(self, entering: EnteringTokens) -> Tensor:
         """See `VLMAdapter.image_layout`: overview, then the rows of the finer grid; of several images, the overview alone."""

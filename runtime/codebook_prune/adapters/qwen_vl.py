@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from codebook_prune.adapters.base import NOT_WHOLE, EnteringTokens, VLMAdapter
+from codebook_prune.adapters.base import NOT_WHOLE, VLMAdapter
 from codebook_prune.adapters.grids import item_frame, raster
+from codebook_prune.visual_tokens import EnteringTokens
 from codebook_schemas import UserError
 
 Grid = tuple[int, int, int]

@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from codebook_prune.adapters.base import EnteringTokens, VLMAdapter
+from codebook_prune.adapters.base import VLMAdapter
 from codebook_prune.adapters.grids import clip_cosine, frames_in, grouped, repeated, tower_square
+from codebook_prune.visual_tokens import EnteringTokens
 
 
 class VideoLlavaAdapter(VLMAdapter):
     """VideoLlavaForConditionalGeneration. The [CLS] of every video frame enters the LLM; it is never pruned."""
 
     model_types: ClassVar[tuple[str, ...]] = ("video_llava",)
-
-    @property
-    def connector(self) -> nn.Module:
-        """The projector, one for both towers."""
-        module: nn.Module = self.model.base_model.multi_modal_projector
-        return module
 
     def image_layout(self, entering: EnteringTokens) -> Tensor:
         """See `VLMAdapter.image_layout`: every image is the vision tower's whole square."""

@@ -12,32 +12,15 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from codebook_prune.adapters.base import VisualTokens, VLMAdapter
+from codebook_prune.adapters.base import VLMAdapter
 from codebook_prune.budget import Budget, lowest, shares
 from codebook_prune.layer_view import LayerView
 from codebook_prune.stats import PruneStats
+from codebook_prune.visual_tokens import Kept, VisualTokens
 from codebook_schemas import UserError
 
 Positions = Literal["compact", "original"]
 Attention = Literal["previous", "next"]
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What stays of an image or video: mask [n] bool, and the new embeddings [kept, d] of these tokens (None: as they were)."""
-
-    mask: Tensor
-    embeddings: Tensor | None = None
-
-    @classmethod
-    def joined(cls, parts: Sequence[Kept], tokens: VisualTokens) -> Kept:
-        """Of the grids of one item, `tokens`, in order."""
-        mask = torch.cat([part.mask for part in parts])
-        if all(part.embeddings is None for part in parts):
-            return cls(mask)
-        vectors = torch.split(tokens.embeddings, [len(part.mask) for part in parts])
-        both = zip(parts, vectors, strict=True)
-        return cls(mask, torch.cat([own[p.mask] if p.embeddings is None else p.embeddings for p, own in both]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +159,7 @@ class Pruner:
         Raises:
             UserError: unsupported model, or one that is already inside such a block (when entered).
         """
-        from codebook_prune.engine import pruned
+        from codebook_prune.block import pruned
 
         return pruned(model, (self,), self.stats, full_length)
 
@@ -222,7 +205,7 @@ class LayerPruner(ABC):
 
     def __call__(self, model: Any, *, full_length: bool = False) -> AbstractContextManager[PruneStats]:
         """See `Pruner.__call__`."""
-        from codebook_prune.engine import pruned
+        from codebook_prune.block import pruned
 
         return pruned(model, (self,), self.stats, full_length)
 
@@ -261,7 +244,7 @@ class PrunerChain:
 
     def __call__(self, model: Any, *, full_length: bool = False) -> AbstractContextManager[PruneStats]:
         """See `Pruner.__call__`."""
-        from codebook_prune.engine import pruned
+        from codebook_prune.block import pruned
 
         return pruned(model, self.pruners, self.stats, full_length)
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codebook_prune.adapters.base import VisualTokens
 from codebook_prune.diversity import most_probable, unit_features
 from codebook_prune.pruners.base import Pruner
+from codebook_prune.visual_tokens import VisualTokens
 from codebook_schemas import UserError
 
 TINY = 1e-6

@@ -7,9 +7,10 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from codebook_prune.adapters.base import VisualTokens, VLMAdapter
+from codebook_prune.adapters.base import VLMAdapter
 from codebook_prune.codebook import Codebook
 from codebook_prune.pruners.base import Pruner
+from codebook_prune.visual_tokens import VisualTokens
 from codebook_schemas import UserError
 
 Normalisation = Literal["none", "double_softmax"]

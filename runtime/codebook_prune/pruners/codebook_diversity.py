@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from codebook_prune.adapters.base import VisualTokens, VLMAdapter
+from codebook_prune.adapters.base import VLMAdapter
 from codebook_prune.codebook import Codebook
 from codebook_prune.diversity import cosine_distances, farthest_first
 from codebook_prune.pruners.base import Positions, Pruner
+from codebook_prune.visual_tokens import VisualTokens
 from codebook_schemas import UserError
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from codebook_prune.adapters.base import VisualTokens
 from codebook_prune.diversity import cosine_distances, farthest_first
 from codebook_prune.pruners.base import Pruner
+from codebook_prune.visual_tokens import VisualTokens
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codebook_prune.adapters.base import VisualTokens
 from codebook_prune.budget import lowest
-from codebook_prune.pruners.base import Kept, Pruner
+from codebook_prune.pruners.base import Pruner
 from codebook_prune.pruners.uniform import dither
+from codebook_prune.visual_tokens import Kept, VisualTokens
 
 
 @dataclass(frozen=True)

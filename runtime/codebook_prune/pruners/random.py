@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from codebook_prune.adapters.base import VisualTokens
 from codebook_prune.pruners.base import Pruner
+from codebook_prune.visual_tokens import VisualTokens
 
 
 @dataclass(frozen=True)

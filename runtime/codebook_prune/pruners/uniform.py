@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from codebook_prune.adapters.base import VisualTokens
 from codebook_prune.pruners.base import Pruner
+from codebook_prune.visual_tokens import VisualTokens
 
 BITS = 6
 

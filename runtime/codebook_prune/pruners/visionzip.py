@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codebook_prune.adapters.base import EncoderView, VisualTokens
 from codebook_prune.pruners.base import Pruner
+from codebook_prune.visual_tokens import EncoderView, VisualTokens
 from codebook_schemas import UserError
 
 
