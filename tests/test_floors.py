@@ -17,7 +17,7 @@ PACKAGES = {
 }
 FLOOR = {"codebook_schemas": 0, "codebook_prune": 1, "codebook_builder": 2, "jobs": 3}
 ONLY_IN = {
-    "ray": {"codebook_builder/cluster.py", "jobs/build_codebook.py"},
+    "ray": {"codebook_builder/cluster.py", "codebook_builder/dispatch.py", "jobs/build_codebook.py"},
     "typer": {"runtime/codebook_prune/cli.py", "codebook_builder/cli.py"},
     "faiss": {"runtime/codebook_prune/index.py", "codebook_builder/faiss_ops.py"},
     "transformers": {"runtime/codebook_prune/adapters/loading.py"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 
-from codebook_builder.cluster import ShardActor
+from codebook_builder.dispatch import ShardActor
 from codebook_builder.worker import ShardResult, ShardTask
 
 

@@ -15,12 +15,12 @@ DRIVER = """
 import json, os, subprocess, sys
 from pathlib import Path
 from biting import BitingActor
-from codebook_builder import cluster
+from codebook_builder import cluster, dispatch
 from codebook_builder.worker import Failure, ShardTask
 from codebook_schemas import ClusterConfig
 from codebook_schemas.inputs import ShardEntry
 
-cluster.ShardActor = BitingActor
+dispatch.ShardActor = BitingActor
 config = ClusterConfig(workers=2, cpus_per_worker=0.5, attempts=1, in_flight=2, shard_seconds=40, worker_memory_gb=0.8)
 names = ["00000-a", "00001-segfault", "00002-b", "00003-hang", "00004-c", "00005-memory", "00006-d", "00007-e"]
 entries = [ShardEntry(name=n, path="/x", bytes=1, sha256="0" * 64, samples=1) for n in names]
