@@ -1,4 +1,4 @@
-"""Write docs/accuracy.md and its charts from benchmarks/results/accuracy.json: `python -m benchmarks.accuracy_page`."""
+"""Write docs/accuracy.md and its charts from the JSON in benchmarks/results: `python -m benchmarks.accuracy_page`."""
 
 from __future__ import annotations
 
@@ -29,6 +29,14 @@ Controls come first: a method that does not beat them has shown nothing. Nothing
 
 ![Accuracy against visual tokens](accuracy.png)
 """
+CONTEXT = """{questions} questions at each length of a text about other pictures; unpruned {full} right. Cells: percent of
+unpruned and, in parentheses, text tokens entering the LLM and left in its last layer. White and black pictures in place of the
+right one show what language alone answers (`{command}`)."""
+ABLATION = """Codebook and diversity, one change at a time, {questions} validation questions about one image; percent of
+unpruned (`{command}`). "Known objects" is no method but a yardstick: it is told the objects' boxes."""
+INFLUENCE = """All {tokens:,} visual tokens of {images} validation scenes were probed. Cells: Spearman's rank correlation
+within an image, mean over images; last column: the probability that a token on an object ranks above one beside it
+(`{command}`)."""
 Rows = list[dict[str, Any]]
 
 
@@ -88,6 +96,65 @@ def tokens_section(rows: Rows) -> str:
     return f"## Tokens\n\n{table(head, body)}"
 
 
+def context_section(report: dict[str, Any]) -> str:
+    """Context pruning by length of text, with what language alone would answer."""
+    rows = report["rows"]
+    lengths = list(dict.fromkeys(r["words"] for r in rows))
+    found = {(r["method"], r["words"]): r for r in rows}
+    methods = [m for m in dict.fromkeys(r["method"] for r in rows) if m != "unpruned"]
+    body = [[m, *(f"{found[m, n]['percent_of_full']:.1f} ({_left(found[m, n])})" for n in lengths)] for m in methods]
+    full = ", ".join(f"{100 * found['unpruned', n]['accuracy']:.1f}%" for n in lengths)
+    return "\n\n".join(
+        [
+            "## Context pruning",
+            CONTEXT.format(questions=rows[0]["n"], full=full, command=report["command"]),
+            table(["% of unpruned", *(f"{n} words" for n in lengths)], body),
+        ]
+    )
+
+
+def _left(row: dict[str, Any]) -> str:
+    return f"{row['text_entering']:.0f} to {row['text_final']:.0f}" if "text_entering" in row else "all"
+
+
+def ablation_section(report: dict[str, Any]) -> str:
+    """One change at a time."""
+    rows = report["rows"]
+    ratios = ratios_of(rows)
+    found = {(r["variant"], r["keep_ratio"]): r for r in rows}
+    body = [
+        [v, str(found[v, ratios[0]]["prototypes"] or ""), *(f"{found[v, r]['percent_of_full']:.1f}" for r in ratios)]
+        for v in dict.fromkeys(r["variant"] for r in rows)
+    ]
+    return "\n\n".join(
+        [
+            "## What each choice is worth",
+            ABLATION.format(questions=rows[0]["n"], command=report["command"]),
+            table(["variant", "prototypes", *(f"{r:.1%}" for r in ratios)], body),
+        ]
+    )
+
+
+def influence_section(report: dict[str, Any]) -> str:
+    """What attention, [CLS] and the codebook say against what the experiments measured."""
+    rows = report["rows"]
+    columns = {
+        "influence": "influence J",
+        "global_divergence": "global divergence",
+        "region_divergence": "region divergence",
+        "top1_prob": "top-1 alone",
+        "auc_objects": "on objects (AUC)",
+    }
+    body = [[r["guide"], *(f"{r[k]:.2f}" for k in columns)] for r in rows]
+    return "\n\n".join(
+        [
+            "## Does attention say what matters?",
+            INFLUENCE.format(tokens=rows[0]["tokens"], images=rows[0]["images"], command=report["command"]),
+            table(["tokens ranked by", *columns.values()], body),
+        ]
+    )
+
+
 def draw(rows: Rows) -> None:
     """One panel a suite: percent of unpruned against the share of tokens kept."""
     import matplotlib.pyplot as plt
@@ -115,12 +182,12 @@ def draw(rows: Rows) -> None:
     plt.close(figure)
 
 
-def page(report: dict[str, Any]) -> str:
-    """The whole page."""
+def page(report: dict[str, Any], *sections: str) -> str:
+    """The whole page: the accuracy table and further sections."""
     rows = report["rows"]
     suites = dict.fromkeys(r["suite"] for r in rows)
-    sections = [INTRO.format(**report), *(suite_section(rows, s) for s in suites), tokens_section(rows)]
-    return "\n\n".join(sections) + "\n"
+    own = [INTRO.format(**report), *(suite_section(rows, s) for s in suites), tokens_section(rows)]
+    return "\n\n".join([*own, *sections]) + "\n"
 
 
 def main() -> None:
@@ -128,10 +195,13 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="only compare the page with the results")
     check = parser.parse_args().check
     report = load("accuracy")
-    if check and PAGE.read_text() != page(report):
+    text = page(
+        report, context_section(load("context")), ablation_section(load("ablation")), influence_section(load("influence"))
+    )
+    if check and PAGE.read_text() != text:
         sys.exit("docs/accuracy.md differs from benchmarks/results: run python -m benchmarks.accuracy_page")
     if not check:
-        PAGE.write_text(page(report))
+        PAGE.write_text(text)
         draw(report["rows"])
 
 

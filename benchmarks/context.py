@@ -17,12 +17,16 @@ from rich.console import Console
 
 from benchmarks.accuracy import Exam, Work, interval, reference_codebook
 from benchmarks.report import publish
-from codebook_prune import Codebook, CodebookPruner, ContextPruner, load_model
+from codebook_prune import Codebook, CodebookPruner, ContextPruner, RateCurve, load_model
 from reference_vlm import CHECKPOINT
 from reference_vlm.scenes import SIDE, Scene
 from reference_vlm.suites import SUITES, Prompt, text_prompt
 
 LENGTHS = (128, 256, 512, 1024)
+RATES = (0.05, 0.1, 0.2, 0.3, 0.4)
+"""What the rate curve is fitted to, on validation questions."""
+QUESTION = 16
+"""Tokens at the end of a prompt that hold its question and the template behind it."""
 console = Console(stderr=True)
 
 
@@ -46,12 +50,31 @@ def blank(level: int) -> Callable[[Scene], Image.Image]:
     return lambda scene: Image.new("RGB", (SIDE, SIDE), (level,) * 3)
 
 
-def rows_to_run(codebook: Codebook, layers: int) -> dict[str, Any]:
+def fitted(model: Any, processor: Any, work: Work, layers: int, questions: int) -> RateCurve:
+    """The rate by length of text (arXiv 2410.19732, appendix I), fitted to accuracies on validation questions."""
+    sweeps = {}
+    for words in LENGTHS:
+        exam = Exam(model, processor, prompts_of("validation", words, questions))
+        scores, entering = {}, 0
+        for rate in RATES:
+            key = (f"context, validation, {questions}", f"p={rate} N={layers}", float(words))
+            found = work.get(key)
+            if found is None:
+                found = exam.take(ContextPruner(p=rate, layers=layers))
+                work.put(key, *found)
+            scores[rate], entering = float(found[0].mean()), round(found[1]["text_entering"])
+        sweeps[entering] = scores
+    return RateCurve.fit(sweeps)
+
+
+def rows_to_run(codebook: Codebook, layers: int, curve: RateCurve) -> dict[str, Any]:
     """Method -> pruner; N is 2 to a third of the layers, as the paper's ablation has it."""
     third = max(2, layers // 3)
     methods: dict[str, Any] = {}
     for p in (0.1, 0.2, 0.3):
         methods |= {f"context p={p} N={n}": ContextPruner(p=p, layers=n) for n in range(2, third + 1)}
+    methods["context p=0.3, question kept"] = ContextPruner(p=0.3, layers=third, protect_last=QUESTION)
+    methods["context, fitted rate"] = ContextPruner(p=curve, layers=third)
     methods["codebook 22%"] = CodebookPruner(codebook, keep_ratio=0.22)
     methods["codebook 22% | context p=0.3"] = methods["codebook 22%"] | ContextPruner(p=0.3, layers=third)
     return methods
@@ -68,8 +91,10 @@ def main() -> None:
     args = parser.parse_args()
     model, processor = load_model(str(CHECKPOINT))
     folder = args.codebook or reference_codebook(args.work)
-    methods = rows_to_run(Codebook.from_pretrained(folder), model.config.get_text_config().num_hidden_layers)
     work = Work(args.work, folder, split=args.split, seed=args.seed, context_questions=args.questions)
+    layers = model.config.get_text_config().num_hidden_layers
+    curve = fitted(model, processor, work, max(2, layers // 3), args.questions // 4)
+    methods = rows_to_run(Codebook.from_pretrained(folder), layers, curve)
     rows = []
     for words in LENGTHS:
         prompts = prompts_of(args.split, words, args.questions)

@@ -11,7 +11,7 @@ from codebook_folder import write_codebook
 
 from benchmarks.ablation import VARIANTS, pruner_of, settings_of
 from benchmarks.context import blank, prompts_of, rows_to_run
-from codebook_prune import Codebook
+from codebook_prune import Codebook, RateCurve
 from codebook_schemas import BuildConfig
 from reference_vlm.suites import SUITES
 
@@ -35,7 +35,7 @@ def test_blank_images_show_nothing() -> None:
 
 
 def test_every_row_of_the_context_table_can_run(tmp_path: Path, reference: tuple[Any, Any]) -> None:
-    methods = rows_to_run(codebook_in(tmp_path, reference[0]), 8)
+    methods = rows_to_run(codebook_in(tmp_path, reference[0]), 8, RateCurve(0, 0, 0.1))
     assert "context p=0.3 N=2" in methods
     assert "codebook 22% | context p=0.3" in methods
 
