@@ -148,7 +148,8 @@ def positions_of(kwargs: Arguments, state: CacheState, cached: int) -> Tensor:
     """Positions [..., batch, length] of the unpruned sequence: those in the decoder's arguments, or what it would fill in."""
     embeds, given = kwargs["inputs_embeds"], kwargs.get("position_ids")
     if given is None:
-        given = torch.arange(embeds.shape[1], device=embeds.device).unsqueeze(0) + state.seen(cached)
+        seen = state.seen(cached)
+        given = torch.arange(seen, seen + embeds.shape[1], device=embeds.device).unsqueeze(0)
     positions: Tensor = given.to(embeds.device).expand(*given.shape[:-2], len(embeds), -1)
     return positions
 

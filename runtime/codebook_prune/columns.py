@@ -16,10 +16,13 @@ def packed(keep: Tensor) -> tuple[Tensor, Tensor, bool]:
         index [batch, longest] long, the column of `keep` that each new column takes; valid [batch, longest] bool, False where
         a shorter row is padded (with a column that is not kept, each at most once); whether all of them are valid.
     """
-    lengths = keep.sum(1)
-    shortest, longest = torch.stack([lengths.min(), lengths.max()]).tolist()
+    lengths = keep.sum(1).tolist()
+    longest = max(lengths)
+    if min(lengths) == longest:
+        index = keep.nonzero()[:, 1].view(len(keep), longest)
+        return index, torch.ones_like(index, dtype=torch.bool), True
     index = torch.argsort(keep.byte(), dim=1, stable=True)[:, keep.shape[1] - longest :]
-    return index, keep.gather(1, index), shortest == longest
+    return index, keep.gather(1, index), False
 
 
 def gather_columns(values: Tensor, index: Tensor) -> Tensor:

@@ -202,19 +202,20 @@ class Engine:
         batch, length = keep.shape
         state.check_rows(batch)
         past, new = state.split_mask(kwargs.get("attention_mask"), cached, embeds.device)
-        dropped = ~keep if new is None else new & ~keep
+        positions, shift = positions_of(kwargs, state, cached), state.shift
+        if self.compact:
+            dropped = ~keep if new is None else new & ~keep
+            positions = positions - state.shift - dropped.cumsum(1)
+            shift = state.shift + dropped.sum(1, keepdim=True)
         keep = keep if new is None else new & keep
         index, valid, even = packed(keep)
         longest = index.shape[1]
-        positions, shift = positions_of(kwargs, state, cached), state.shift
-        if self.compact:
-            positions = positions - state.shift - dropped.cumsum(1)
-            shift = state.shift + dropped.sum(1, keepdim=True)
+        places = positions.gather(-1, index.expand(*positions.shape[:-1], -1))
         mask = join(past, valid, batch, cached, longest)  # always a mask: gaps alone could pass for packed sequences
         after = CacheState(batch, state.seen(cached) + length, cached + longest, None if past is None and even else mask, shift)
         changed = {
             "inputs_embeds": gather_columns(embeds, index),
-            "position_ids": positions.gather(-1, index.expand(*positions.shape[:-1], -1)).masked_fill(~valid, 0),
+            "position_ids": places if even else places.masked_fill(~valid, 0),
             "attention_mask": mask,
         }
         self._left = index, valid
@@ -226,11 +227,11 @@ class Engine:
         chosen = choose(self.pruners, images, len(embeds)) if self.pruners else None
         masks = None if chosen is None else chosen.masks
         after = images.lengths if masks is None else torch.stack([mask.sum() for mask in masks]).tolist()
-        self.stats.count(images.lengths, after, masks, images.positions, images.frames)
+        self.stats.count(images.layouts, after, masks)
         if chosen is None or after == images.lengths:
             return None
         keep = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-        keep.view(-1)[images.column] = torch.cat(chosen.masks)
+        keep.view(-1).index_copy_(0, images.column, torch.cat(chosen.masks))
         if chosen.embeddings is not None:
             embeds = embeds.flatten(0, 1).index_copy(0, images.column, chosen.embeddings).view(embeds.shape)
         return embeds, keep

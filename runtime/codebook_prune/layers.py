@@ -240,7 +240,7 @@ def _candidates(call: Entered) -> tuple[Tensor, Tensor]:
     if call.images is not None:
         lengths = torch.tensor(call.images.lengths, device=visual.device)
         image.view(-1)[call.images.column] = torch.arange(len(lengths), device=visual.device).repeat_interleave(lengths)
-        scored = torch.cat(call.images.positions)[:, 0] >= 0
+        scored = torch.cat([one.position[:, 0] for one in call.images.layouts]) >= 0
         visual.view(-1)[call.images.column] = scored.to(visual.device)
     if call.index is not None:
         visual, image = visual.gather(1, call.index), image.gather(1, call.index)

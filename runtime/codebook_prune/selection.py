@@ -12,24 +12,30 @@ from torch import Tensor
 from codebook_prune.adapters.base import VLMAdapter, entering_tokens
 from codebook_prune.encoder import EncoderTap
 from codebook_prune.pruners.base import Pruner
-from codebook_prune.visual_tokens import Kept, VisualTokens
+from codebook_prune.visual_tokens import Item, Kept, Layout, VisualTokens, layout_on
 
 
 @dataclass(frozen=True)
 class EnteringImages:
-    """The items (images and videos) of one call, in the order they enter.
+    """The images and videos of one call, in the order they enter.
 
-    tokens: every item's visual tokens. column: [n] place of all of them in the flattened [batch * length] sequence. lengths,
-    rows: tokens and batch row of every item. positions, frames: `VisualTokens.position` and `frame` (never None) of every item,
-    on the CPU.
+    items: where they belong. tokens: every item's visual tokens. column: [n] place of all of these in the flattened
+    [batch * length] sequence.
     """
 
+    items: list[Item]
     tokens: list[VisualTokens]
     column: Tensor
-    lengths: list[int]
-    rows: list[int]
-    positions: list[Tensor]
-    frames: list[Tensor]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every item."""
+        return [len(item.layout) for item in self.items]
+
+    @property
+    def layouts(self) -> list[Layout]:
+        """Where the tokens of every item belong."""
+        return [item.layout for item in self.items]
 
 
 def entering_images(
@@ -48,25 +54,23 @@ def entering_images(
         UserError: an image or video does not enter whole, or its grid cannot be told.
     """
     entering = entering_tokens(adapter, call, embeds.detach(), position_ids)
-    if not len(entering.ids):
+    if not len(entering):
         return None
-    places = adapter.layout(entering)
-    lengths: list[int] = places[:, 0].bincount().tolist()
-    starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    frames, positions = torch.split(places[:, 1], lengths), torch.split(places[:, 2:], lengths)
-    parts = zip(*(torch.split(x, lengths) for x in (entering.embeddings, places.to(embeds.device))), strict=True)
-    tokens = [
-        VisualTokens(vectors, place[:, 0], place[:, 2:], frame=place[:, 1] if bool(frame.any()) else None, is_video=video)
-        for (vectors, place), frame, video in zip(parts, frames, adapter.are_videos(entering.ids[starts]).tolist(), strict=True)
-    ]
-    column, rows = (entering.row * embeds.shape[1] + entering.column).to(embeds.device), entering.row[starts].tolist()
+    items = adapter.layout(entering)
+    tokens, lengths = [], [len(item.layout) for item in items]
+    for number, (item, vectors) in enumerate(zip(items, torch.split(entering.embeddings, lengths), strict=True)):
+        place = layout_on(item.layout, embeds.device)
+        image = place.frame.new_full((len(vectors),), number)
+        frame = place.frame if item.layout.frames else None
+        tokens.append(VisualTokens(vectors, image, place.position, frame=frame, is_video=item.is_video))
+    rows = [item.row for item in items]
     if with_text:
         texts = {row: _text(adapter, call, embeds, row) for row in set(rows)}
         tokens = [replace(own, text=texts[row]) for own, row in zip(tokens, rows, strict=True)]
     if encoder is not None:
         views = encoder.views(call, lengths, rows, len(embeds))
         tokens = [replace(own, encoder=view) for own, view in zip(tokens, views, strict=True)]
-    return EnteringImages(tokens, column, lengths, rows, list(positions), list(frames))
+    return EnteringImages(items, tokens, entering.place)
 
 
 def _text(adapter: VLMAdapter, call: Mapping[str, Any], embeds: Tensor, row: int) -> Tensor:
@@ -103,13 +107,12 @@ def choose(pruners: Sequence[Pruner], images: EnteringImages, batch: int) -> Cho
 
     Newlines stay. Each pruner is given what the one before kept, as it left it.
     """
-    device = images.column.device
-    scored = [position[:, 0] >= 0 for position in images.positions]  # on the CPU
-    left = [None if bool(mask.all()) else mask.to(device) for mask in scored]
+    scored = [layout_on(one, images.column.device).in_grid for one in images.layouts]
+    left, rows = list(scored), [item.row for item in images.items]
     tokens, dropped, merged = list(images.tokens), False, False
     for pruner in pruners:
         given = [own if mask is None else own.only(mask) for own, mask in zip(tokens, left, strict=True)]
-        for number, kept in enumerate(_keep(pruner, given, images.rows, batch)):
+        for number, kept in enumerate(_keep(pruner, given, rows, batch)):
             if kept is None:
                 continue
             mask, dropped = left[number], True
@@ -119,7 +122,7 @@ def choose(pruners: Sequence[Pruner], images: EnteringImages, batch: int) -> Cho
     if not dropped:
         return None
     masks = []
-    for left_over, own, n in zip(left, scored, images.lengths, strict=True):
-        every = torch.ones(n, dtype=torch.bool, device=device) if left_over is None else left_over
-        masks.append(every if bool(own.all()) else every | ~own.to(device))
+    for mask, grid, own in zip(left, scored, images.tokens, strict=True):
+        every = torch.ones_like(own.image, dtype=torch.bool) if mask is None else mask
+        masks.append(every if grid is None else every | ~grid)
     return Chosen(masks, torch.cat([own.embeddings for own in tokens]) if merged else None)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from codebook_prune.visual_tokens import Layout
+
 
 @dataclass
 class PruneStats:
@@ -31,23 +33,21 @@ class PruneStats:
     text_before: list[int] = field(default_factory=list)
     text_final: list[int] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list, repr=False)
-    position: list[Tensor] = field(default_factory=list, repr=False)
-    frame: list[Tensor] = field(default_factory=list, repr=False)
+    layouts: list[Layout] = field(default_factory=list, repr=False)
     _averages: list[float] = field(default_factory=list, repr=False)
     _seconds: float = field(default=0.0, repr=False)
     _spans: list[tuple[torch.Event, torch.Event]] = field(default_factory=list, repr=False)
 
-    def count(
-        self, before: list[int], after: list[int], masks: list[Tensor] | None, positions: list[Tensor], frames: list[Tensor]
-    ) -> None:
-        """Add one call: tokens of its images before and after, keep masks (None: all kept), grid places and grids."""
+    def count(self, layouts: list[Layout], after: list[int], masks: list[Tensor] | None) -> None:
+        """Add one call: where the tokens of its images belong, how many are kept, keep masks (None: all kept)."""
+        before = [len(one) for one in layouts]
         self.calls += 1
         self.tokens_before += before
         self.tokens_after += after
         self.tokens_final += after
         self._averages += map(float, after)
         self.kept = [torch.ones(n, dtype=torch.bool) for n in before] if masks is None else masks
-        self.position, self.frame = positions, frames
+        self.layouts = layouts
 
     def deepen(self, final: list[int], averages: list[float], masks: list[Tensor]) -> None:
         """Correct the images just counted: tokens and keep masks of the last layer, averages over layers."""
@@ -63,6 +63,16 @@ class PruneStats:
     def reset(self) -> None:
         """Forget everything."""
         self.__dict__.update(PruneStats().__dict__)
+
+    @property
+    def position(self) -> list[Tensor]:
+        """Of the latest images."""
+        return [one.position for one in self.layouts]
+
+    @property
+    def frame(self) -> list[Tensor]:
+        """Of the latest images."""
+        return [one.frame for one in self.layouts]
 
     @property
     def layer_averaged_tokens(self) -> float:

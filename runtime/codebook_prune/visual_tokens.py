@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -87,6 +88,8 @@ class Kept:
     @classmethod
     def joined(cls, parts: Sequence[Kept], tokens: VisualTokens) -> Kept:
         """Of the grids of one item, `tokens`, in order."""
+        if len(parts) == 1:
+            return parts[0]
         mask = torch.cat([part.mask for part in parts])
         if all(part.embeddings is None for part in parts):
             return cls(mask)
@@ -95,39 +98,101 @@ class Kept:
         return cls(mask, torch.cat([own[p.mask] if p.embeddings is None else p.embeddings for p, own in both]))
 
 
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the tokens of one image or video belong: its `frame` [n] and `position` [n, 2] as in `VisualTokens`, on the CPU.
+
+    Layouts are shared between calls and must not be written to.
+    """
+
+    frame: Tensor
+    position: Tensor
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    @cached_property
+    def frames(self) -> bool:
+        """Whether there are several grids."""
+        return bool(self.frame.any())
+
+    @cached_property
+    @torch.inference_mode(False)
+    def in_grid(self) -> Tensor | None:
+        """[n] bool, False for newlines and separators; None: there are none."""
+        inside = self.position[:, 0] >= 0
+        return None if bool(inside.all()) else inside
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def layout_on(layout: Layout, device: torch.device) -> Layout:
+    """A layout with its tensors on another device, moved there once."""
+    return layout if device.type == "cpu" else Layout(layout.frame.to(device), layout.position.to(device))
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image or video of a call: where its tokens belong, and the batch row it enters in."""
+
+    layout: Layout
+    row: int
+    is_video: bool
+
+
 @dataclass(frozen=True)
 class EnteringTokens:
     """The visual tokens of one call as they are about to enter the decoder, in order, row by row: what a layout is read off.
 
-    ids: [n] long, the placeholder of each. row, column: [n] long, batch row and place in it. These on the CPU. embeddings:
-    [n, d]. input_ids: [batch, length], with the text around them. call: the keyword arguments of the base model's forward;
-    inside `generate` the encoder has already run, and its outputs (`mm_encoder_outputs`) stand for pixels, image sizes and
-    grids. position_ids: what the decoder is given as such, None where it is left to count.
+    place: [n] long, where in the flattened [batch * length] sequence. embeddings: [n, d]. input_ids: [batch, length], with the
+    text around them. call: the keyword arguments of the base model's forward; inside `generate` the encoder has already run,
+    and its outputs (`mm_encoder_outputs`) stand for pixels, image sizes and grids. position_ids: what the decoder is given as
+    such, None where it is left to count.
     """
 
-    ids: Tensor
-    row: Tensor
-    column: Tensor
+    place: Tensor
     embeddings: Tensor
     input_ids: Tensor
     call: Mapping[str, Any]
     position_ids: Tensor | None = None
 
+    def __len__(self) -> int:
+        return len(self.place)
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """[n] long on the CPU, the placeholder of each."""
+        return self.input_ids.flatten()[self.place.to(self.input_ids.device)].cpu()
+
+    @cached_property
+    def local_place(self) -> Tensor:
+        """`place` on the CPU."""
+        return self.place.cpu()
+
+    @property
+    def row(self) -> Tensor:
+        """[n] long on the CPU, the batch row of each."""
+        return self.local_place // self.input_ids.shape[1]
+
+    @property
+    def column(self) -> Tensor:
+        """[n] long on the CPU, the place of each in its row."""
+        return self.local_place % self.input_ids.shape[1]
+
     def only(self, chosen: Tensor) -> EnteringTokens:
         """The tokens where `chosen` [n] bool is True."""
-        part = replace(self, ids=self.ids[chosen], row=self.row[chosen], column=self.column[chosen])
-        return replace(part, embeddings=self.embeddings[chosen.to(self.embeddings.device)])
+        chosen = chosen.to(self.place.device)
+        return replace(self, place=self.place[chosen], embeddings=self.embeddings[chosen.to(self.embeddings.device)])
 
     def runs(self) -> list[int]:
         """Lengths of the stretches of tokens that follow each other with no text between."""
-        if not len(self.ids):
+        if not len(self):
             return []
-        place = self.row * self.input_ids.shape[1] + self.column
-        cut = ((place.diff() != 1) | (self.row.diff() != 0)).nonzero().flatten() + 1
-        return torch.tensor([0, *cut.tolist(), len(place)]).diff().tolist()
+        cut = ((self.local_place.diff() != 1) | (self.row.diff() != 0)).nonzero().flatten() + 1
+        return torch.tensor([0, *cut.tolist(), len(self)]).diff().tolist()
 
     def video_lengths(self) -> list[int]:
         """How many of these tokens, all of videos, belong to each one: equally many, as the videos of a call are one tensor."""
         encoded = (self.call.get("mm_encoder_outputs") or {}).get("video")
         videos = len(self.call["pixel_values_videos"] if encoded is None else encoded.pooler_output)
-        return [len(self.ids) // videos] * videos
+        return [len(self) // videos] * videos

@@ -241,7 +241,7 @@ def test_the_matrix_holds_every_family() -> None:
 def test_grids_are_shared_unchanged_and_outlive_inference_mode() -> None:
     with torch.inference_mode():
         first = raster(3, 5)
-    any_resolution(torch.tensor([False] * 4 + ([False] * 4 + [True]) * 3), raster(2, 2))
+    any_resolution(torch.tensor([False] * 4 + ([False] * 4 + [True]) * 3), 2)
     assert raster(3, 5) is first
     assert not first.is_inference()
     assert torch.equal(first, torch.cartesian_prod(torch.arange(3), torch.arange(5)))

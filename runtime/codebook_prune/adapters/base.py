@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
+from operator import itemgetter
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from codebook_prune.visual_tokens import EnteringTokens, VisualTokens
+from codebook_prune.visual_tokens import EnteringTokens, Item, Layout, VisualTokens, layout_on
 from codebook_schemas import UserError
 
 
@@ -74,44 +77,29 @@ class VLMAdapter(ABC):
         """[batch, length] bool: where visual embeddings enter."""
         return _among(input_ids, self.visual_token_ids)
 
-    def are_videos(self, ids: Tensor) -> Tensor:
-        """[n] bool: which of the placeholders `ids` [n], on the CPU, stand for videos."""
-        return _among(ids, self.visual_token_ids[1:])
-
-    def layout(self, entering: EnteringTokens) -> Tensor:
-        """Which item, which of its grids, which row and column each visual token is: [n, 4] long on the CPU.
-
-        Items (images and videos together) are numbered in the order they enter, over the whole batch; the last three columns
-        are `frame` and `position` of `VisualTokens`.
+    def layout(self, entering: EnteringTokens) -> list[Item]:
+        """The images and videos of a call in the order they enter, over the whole batch.
 
         Raises:
-            UserError: an item does not enter whole, or its grid cannot be told from the call.
+            UserError: one does not enter whole, or its grid cannot be told from the call.
         """
         encoded = (entering.call.get("mm_encoder_outputs") or {}).values()
         if any(out is not None and out.last_hidden_state is None for out in encoded):  # generate cuts it from those of a chunk
             raise UserError(NOT_WHOLE)
-        video = self.are_videos(entering.ids)
-        if bool(video.any()):
-            found = torch.empty(len(video), 4, dtype=torch.long)
-            for mine, of_kind in ((~video, self.image_layout), (video, self.video_layout)):
-                if bool(mine.any()):
-                    found[mine] = of_kind(entering.only(mine))
-        else:
-            found = self.image_layout(entering)
-        key = torch.stack([video.long(), found[:, 0], entering.row], 1)
-        begins = torch.ones_like(video)
-        begins[1:] = (key[1:] != key[:-1]).any(1)
-        items = key[begins, :2].tolist()
-        if len(set(map(tuple, items))) != len(items):
-            raise UserError(NOT_WHOLE)
-        return torch.cat([(begins.cumsum(0) - 1).unsqueeze(1), found[:, 1:]], 1)
+        if len(self.visual_token_ids) == 1 or not bool((video := entering.ids == self.visual_token_ids[1]).any()):
+            return [item for _, item in _items(entering, self.image_layout(entering))]
+        found: list[tuple[int, Item]] = []
+        for mine, of_kind, is_video in ((~video, self.image_layout, False), (video, self.video_layout, True)):
+            if bool(mine.any()):
+                found += _items(entering, of_kind(entering.only(mine)), mine, is_video)
+        return [item for _, item in sorted(found, key=itemgetter(0))]
 
     @abstractmethod
-    def image_layout(self, entering: EnteringTokens) -> Tensor:
-        """`layout` of the tokens that stand for images, numbered from 0 among themselves."""
+    def image_layout(self, entering: EnteringTokens) -> list[Layout]:
+        """The layouts of the images, of which these are all tokens, in order."""
 
-    def video_layout(self, entering: EnteringTokens) -> Tensor:
-        """`layout` of the tokens that stand for videos; families with a placeholder for videos have one.
+    def video_layout(self, entering: EnteringTokens) -> list[Layout]:
+        """The layouts of the videos, of which these are all tokens; families with a placeholder for videos have them.
 
         Raises:
             UserError: the family has none.
@@ -139,10 +127,12 @@ class VLMAdapter(ABC):
         vectors = out.pooler_output
         embeddings = vectors.flatten(0, -2) if isinstance(vectors, Tensor) else torch.cat(list(vectors)).flatten(0, -2)
         entering = entering_tokens(self, {**inputs, "mm_encoder_outputs": {"image": out}}, embeddings)
-        places = self.layout(entering).to(embeddings.device)
-        frame = places[:, 1] if bool(places[:, 1].any()) else None
+        layouts = [layout_on(item.layout, embeddings.device) for item in self.layout(entering)]
+        image = torch.repeat_interleave(torch.tensor([len(one) for one in layouts])).to(embeddings.device)
+        frame = torch.cat([one.frame for one in layouts]) if any(one.frames for one in layouts) else None
         cls, features = self.cls_similarity(out, inputs), self.layer_features(out)
-        return VisualTokens(embeddings, places[:, 0], places[:, 2:], cls, frame, layer_features=features)
+        position = torch.cat([one.position for one in layouts])
+        return VisualTokens(embeddings, image, position, cls, frame, layer_features=features)
 
     def cls_similarity(self, out: Any, inputs: Mapping[str, Any]) -> Tensor | None:
         """`VisualTokens.cls_similarity` of `encode`, from what `get_image_features` returned; None: there is no [CLS]."""
@@ -218,14 +208,32 @@ def entering_tokens(
     ids: Tensor = call["input_ids"]
     place = adapter.visual_mask(ids).flatten().nonzero().squeeze(1)
     if embeddings.ndim == 3:
-        embeddings = embeddings.flatten(0, 1)[place.to(embeddings.device)]
-    chosen, place = ids.flatten()[place].cpu(), place.cpu()
-    return EnteringTokens(chosen, place // ids.shape[1], place % ids.shape[1], embeddings, ids, call, position_ids)
+        place = place.to(embeddings.device)
+        embeddings = embeddings.flatten(0, 1)[place]
+    return EnteringTokens(place, embeddings, ids, call, position_ids)
+
+
+def _items(
+    entering: EnteringTokens, layouts: Sequence[Layout], mine: Tensor | None = None, is_video: bool = False
+) -> list[tuple[int, Item]]:
+    """Images or videos of these layouts, each with the number of its first token; `mine` [n] bool: which tokens are theirs.
+
+    Raises:
+        UserError: one is torn apart, by a row's end or by another.
+    """
+    ends = accumulate(map(len, layouts))
+    bounds = torch.tensor([(end - len(one), end - 1) for one, end in zip(layouts, ends, strict=True)])
+    if mine is not None:
+        bounds = mine.nonzero().squeeze(1)[bounds]
+    found, rows = [], (entering.local_place[bounds] // entering.input_ids.shape[1]).tolist()
+    for one, (first, last), (row, last_row) in zip(layouts, bounds.tolist(), rows, strict=True):
+        if last - first != len(one) - 1 or last_row != row:
+            raise UserError(NOT_WHOLE)
+        found.append((first, Item(one, row, is_video)))
+    return found
 
 
 def _among(ids: Tensor, wanted: Sequence[int]) -> Tensor:
     """Which of `ids` are one of a few: bool of the same shape. Much faster than `torch.isin` on short sequences."""
-    found = torch.zeros_like(ids, dtype=torch.bool)
-    for one in wanted:
-        found |= ids == one
-    return found
+    first, *others = [ids == one for one in wanted]
+    return functools.reduce(torch.logical_or, others, first)

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from codebook_prune.adapters.base import VLMAdapter
-from codebook_prune.adapters.grids import raster, repeated
+from codebook_prune.adapters.grids import repeated, whole
 from codebook_prune.adapters.loading import block_masks
-from codebook_prune.visual_tokens import EnteringTokens
+from codebook_prune.visual_tokens import EnteringTokens, Layout
 
 
 class Gemma3Adapter(VLMAdapter):
@@ -24,10 +24,10 @@ class Gemma3Adapter(VLMAdapter):
     model_types: ClassVar[tuple[str, ...]] = ("gemma3",)
     own_masks: ClassVar[bool] = True
 
-    def image_layout(self, entering: EnteringTokens) -> Tensor:
+    def image_layout(self, entering: EnteringTokens) -> list[Layout]:
         """See `VLMAdapter.image_layout`: one square a crop."""
         side = math.isqrt(self.config.mm_tokens_per_image)
-        return repeated(raster(side, side), len(entering.ids))
+        return repeated(whole(side, side), len(entering))
 
     def masks(self, arguments: Mapping[str, Any], types: Tensor | None) -> Any:
         """See `VLMAdapter.masks`; the decoder makes plain causal masks by itself."""

@@ -1,7 +1,4 @@
-"""Layouts that families share: rasters, crops of one size, any-resolution images, pooled video frames. Pure functions.
-
-A layout is [n, 4] long on the CPU, the columns (item, frame, row, column) of `VLMAdapter.layout`.
-"""
+"""Layouts that families share: rasters, crops of one size, any-resolution images, pooled video frames. Pure functions."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ import torch
 from torch import Tensor
 
 from codebook_prune.adapters.base import NOT_WHOLE
-from codebook_prune.visual_tokens import EnteringTokens
+from codebook_prune.visual_tokens import EnteringTokens, Layout
 from codebook_schemas import UserError
 
 CLIP = "clip_vision_model"
@@ -26,34 +23,37 @@ def raster(rows: int, columns: int) -> Tensor:
         return torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2)
 
 
+def tower_side(config: Any) -> int:
+    """Rows, and columns, of the tokens that a vision tower makes of one crop."""
+    return int(config.vision_config.image_size // config.vision_config.patch_size)
+
+
 def tower_square(config: Any, *, with_cls: bool = False) -> Tensor:
     """(row, column) of a vision tower's tokens for one crop: [n, 2]; `with_cls`: a CLIP tower's [CLS], (-1, -1), in front."""
-    side = config.vision_config.image_size // config.vision_config.patch_size
-    cells = raster(side, side)
+    cells = raster(tower_side(config), tower_side(config))
     cls = with_cls and config.vision_config.model_type == CLIP
     return torch.cat([cells.new_full((1, 2), -1), cells]) if cls else cells
 
 
-def repeated(cells: Tensor, total: int) -> Tensor:
-    """Layout of `total` tokens in which every item is one grid of `cells` [n, 2].
+def stacked(cells: Tensor, frames: int = 1) -> Layout:
+    """So many frames with a grid of `cells` [n, 2] each."""
+    return Layout(torch.arange(frames).repeat_interleave(len(cells)), cells.repeat(frames, 1))
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def whole(rows: int, columns: int, frames: int = 1) -> Layout:
+    """So many frames with a grid of rows x columns each, in raster order. Shared: not to be written to."""
+    return stacked(raster(rows, columns), frames)
+
+
+def repeated(layout: Layout, total: int) -> list[Layout]:
+    """`total` tokens in items of one layout.
 
     Raises:
-        UserError: `total` is no multiple of n.
+        UserError: `total` is no multiple of its tokens.
     """
-    if total % len(cells):
-        raise UserError(NOT_WHOLE)
-    return grouped(cells, [1] * (total // len(cells)))
-
-
-def grouped(cells: Tensor, frames: Sequence[int]) -> Tensor:
-    """Layout of items that consist of so many `frames`, each a grid of `cells` [n, 2]."""
-    parts = [item_frame(item, frame, cells) for item, count in enumerate(frames) for frame in range(count)]
-    return torch.cat(parts)
-
-
-def item_frame(item: int, frame: int, cells: Tensor) -> Tensor:
-    """Layout of one grid whose tokens lie at `cells` [n, 2]."""
-    return torch.cat([cells.new_tensor([[item, frame]]).expand(len(cells), -1), cells], 1)
+    return [layout] * sum(frames_in([total], len(layout)))
 
 
 def frames_in(lengths: Sequence[int], cells: int) -> list[int]:
@@ -73,36 +73,43 @@ def newline_places(entering: EnteringTokens, newline: Tensor) -> Tensor:
     return found
 
 
-def any_resolution(newline: Tensor, overview: Tensor) -> Tensor:
-    """Layout of images that each enter as an overview crop, then the rows of a finer grid, a newline behind each row.
+def any_resolution(newline: Tensor, side: int) -> list[Layout]:
+    """Layouts of images that each enter as an overview crop, then the rows of a finer grid, a newline behind each row.
 
     The overview is frame 0, the finer grid frame 1; an image of one crop is its overview and a newline. Image sizes need not
     be known: a finer row is far shorter than the overview, so a longer stretch without newline begins the next image.
 
     Args:
         newline: [n] bool, which tokens are newlines.
-        overview: [k, 2], the cells of the overview crop.
+        side: rows, and columns, of the overview crop.
 
     Raises:
         UserError: an image does not enter whole.
     """
     ends: list[int] = newline.nonzero().flatten().tolist()
-    parts: list[Tensor] = []
+    found: list[Layout] = []
     start = 0
     while start < len(newline):
-        body = start + len(overview)
+        body = start + side * side
         close = next((end for end in ends if end >= start), -1)
         if close < body:
             raise UserError(NOT_WHOLE)
         columns, rows, stop = close - body, 1, close + 1
         while columns and stop + columns < len(newline) and int(newline[stop:].byte().argmax()) == columns:
             rows, stop = rows + 1, stop + columns + 1
-        item = 0 if not parts else int(parts[-1][-1, 0]) + 1
-        fine = raster(rows, columns + 1).clone()
-        fine[fine[:, 1] == columns] = -1
-        parts += [item_frame(item, 0, overview), item_frame(item, int(columns > 0), fine)]
+        found.append(with_overview(side, rows, columns))
         start = stop
-    return torch.cat(parts)
+    return found
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def with_overview(side: int, rows: int, columns: int) -> Layout:
+    """An overview of side x side tokens, then rows x columns of a finer grid, a newline behind each row. Shared."""
+    overview, fine = raster(side, side), raster(rows, columns + 1).clone()
+    fine[fine[:, 1] == columns] = -1
+    frame = torch.cat([torch.zeros(len(overview), dtype=torch.long), torch.full((len(fine),), int(columns > 0))])
+    return Layout(frame, torch.cat([overview, fine]))
 
 
 def clip_cosine(config: Any, out: Any) -> Tensor | None:

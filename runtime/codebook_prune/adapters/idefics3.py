@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from codebook_prune.adapters.base import NOT_WHOLE, VLMAdapter
-from codebook_prune.adapters.grids import grouped, raster
-from codebook_prune.visual_tokens import EnteringTokens
+from codebook_prune.adapters.grids import whole
+from codebook_prune.visual_tokens import EnteringTokens, Layout
 from codebook_schemas import UserError
 
 
@@ -28,16 +28,16 @@ class Idefics3Adapter(VLMAdapter):
         module: nn.Module = self.model.base_model.connector
         return module
 
-    def image_layout(self, entering: EnteringTokens) -> Tensor:
+    def image_layout(self, entering: EnteringTokens) -> list[Layout]:
         """See `VLMAdapter.image_layout`: the tower's square, each side divided by the pixel shuffle."""
         vision = self.config.vision_config
         side = vision.image_size // vision.patch_size // self.config.scale_factor
-        tiles = torch.arange(0, len(entering.ids), side * side)
+        tiles = torch.arange(0, len(entering), side * side)
         if entering.runs() != [side * side] * len(tiles):
             raise UserError(NOT_WHOLE)
         row = entering.row[tiles]
         mark = entering.input_ids.cpu()[row, entering.column[tiles] - 1]
         last_in_row = torch.cat([row.diff() != 0, torch.ones(1, dtype=torch.bool)])
-        whole = mark == mark[last_in_row][torch.searchsorted(row[last_in_row], row)]
-        ends = torch.cat([torch.full((1,), -1), whole.nonzero().flatten()])
-        return grouped(raster(side, side), ends.diff().tolist())
+        closing = mark == mark[last_in_row][torch.searchsorted(row[last_in_row], row)]
+        ends = torch.cat([torch.full((1,), -1), closing.nonzero().flatten()])
+        return [whole(side, side, tiles) for tiles in ends.diff().tolist()]

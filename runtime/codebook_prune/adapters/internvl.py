@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor
-
 from codebook_prune.adapters.base import VLMAdapter
-from codebook_prune.adapters.grids import frames_in, grouped, raster
-from codebook_prune.visual_tokens import EnteringTokens
+from codebook_prune.adapters.grids import frames_in, whole
+from codebook_prune.visual_tokens import EnteringTokens, Layout
 
 
 class InternVLAdapter(VLMAdapter):
@@ -20,11 +18,11 @@ class InternVLAdapter(VLMAdapter):
 
     model_types: ClassVar[tuple[str, ...]] = ("internvl",)
 
-    def image_layout(self, entering: EnteringTokens) -> Tensor:
+    def image_layout(self, entering: EnteringTokens) -> list[Layout]:
         """See `VLMAdapter.image_layout`: the tower's square, each side shortened by the pixel shuffle."""
         vision = self.config.vision_config
         rows, columns = (
             int(size // patch * self.config.downsample_ratio)
             for size, patch in zip(vision.image_size, vision.patch_size, strict=True)
         )
-        return grouped(raster(rows, columns), frames_in(entering.runs(), rows * columns))
+        return [whole(rows, columns, tiles) for tiles in frames_in(entering.runs(), rows * columns)]

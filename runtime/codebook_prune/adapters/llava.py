@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from codebook_prune.adapters.base import Encoder, VLMAdapter
-from codebook_prune.adapters.grids import clip_cosine, repeated, tower_square
-from codebook_prune.visual_tokens import EnteringTokens
+from codebook_prune.adapters.grids import clip_cosine, repeated, stacked, tower_square
+from codebook_prune.visual_tokens import EnteringTokens, Layout
 
 
 class LlavaAdapter(VLMAdapter):
@@ -28,14 +28,14 @@ class LlavaAdapter(VLMAdapter):
         number = layer if layer < 0 else layer - 1  # among hidden states, the first of which is no layer's
         return Encoder(tower, layers[number], self.config.vision_config.model_type == "clip_vision_model")
 
-    def image_layout(self, entering: EnteringTokens) -> Tensor:
+    def image_layout(self, entering: EnteringTokens) -> list[Layout]:
         """See `VLMAdapter.image_layout`: every image is the vision tower's whole square, in raster order."""
-        return repeated(self._square, len(entering.ids))
+        return repeated(self._square, len(entering))
 
     @cached_property
-    def _square(self) -> Tensor:
+    def _square(self) -> Layout:
         strategy = getattr(self.config, "vision_feature_select_strategy", "default")
-        return tower_square(self.config, with_cls=strategy == "full")
+        return stacked(tower_square(self.config, with_cls=strategy == "full"))
 
     def cls_similarity(self, out: Any, inputs: Mapping[str, Any]) -> Tensor | None:
         """See `VLMAdapter.cls_similarity`; 1 for a [CLS] that enters itself."""

@@ -12,12 +12,11 @@ from codebook_prune.adapters.grids import (
     any_resolution,
     clip_cosine,
     frames_in,
-    grouped,
     newline_places,
-    raster,
-    tower_square,
+    tower_side,
+    whole,
 )
-from codebook_prune.visual_tokens import EnteringTokens
+from codebook_prune.visual_tokens import EnteringTokens, Layout
 
 
 class LlavaNextAdapter(VLMAdapter):
@@ -25,16 +24,16 @@ class LlavaNextAdapter(VLMAdapter):
 
     model_types: ClassVar[tuple[str, ...]] = ("llava_next", "llava_next_video")
 
-    def image_layout(self, entering: EnteringTokens) -> Tensor:
+    def image_layout(self, entering: EnteringTokens) -> list[Layout]:
         """See `VLMAdapter.image_layout`: overview, then what unpadding left of the crops, a newline behind every row."""
         newline = newline_places(entering, self.model.base_model.image_newline)
-        return any_resolution(newline, tower_square(self.config))
+        return any_resolution(newline, tower_side(self.config))
 
-    def video_layout(self, entering: EnteringTokens) -> Tensor:
+    def video_layout(self, entering: EnteringTokens) -> list[Layout]:
         """See `VLMAdapter.video_layout`: frames one after the other, pooled, no newline."""
         config = self.config
         side = config.vision_config.image_size // config.vision_config.patch_size // config.spatial_pool_stride
-        return grouped(raster(side, side), frames_in(entering.video_lengths(), side * side))
+        return [whole(side, side, frames) for frames in frames_in(entering.video_lengths(), side * side)]
 
     def cls_similarity(self, out: Any, inputs: Mapping[str, Any]) -> Tensor | None:
         """See `VLMAdapter.cls_similarity`: for one image; every token to its own crop's [CLS]."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from codebook_prune.adapters.base import NOT_WHOLE, VLMAdapter
-from codebook_prune.adapters.grids import item_frame, raster
-from codebook_prune.visual_tokens import EnteringTokens
+from codebook_prune.adapters.grids import raster, whole
+from codebook_prune.visual_tokens import EnteringTokens, Layout
 from codebook_schemas import UserError
 
 Grid = tuple[int, int, int]
@@ -37,15 +37,13 @@ class QwenVLAdapter(VLMAdapter):
         """See `VLMAdapter.whole_layers`: those with DeepStack features behind them."""
         return len(getattr(self.config.vision_config, "deepstack_visual_indexes", ()))
 
-    def image_layout(self, entering: EnteringTokens) -> Tensor:
+    def image_layout(self, entering: EnteringTokens) -> list[Layout]:
         """See `VLMAdapter.image_layout`: one grid an image."""
-        grids = self._grids(entering, "image")
-        return torch.cat([item_frame(item, 0, raster(rows, columns)) for item, (_, rows, columns) in enumerate(grids)])
+        return [whole(rows, columns) for _, rows, columns in self._grids(entering, "image")]
 
-    def video_layout(self, entering: EnteringTokens) -> Tensor:
+    def video_layout(self, entering: EnteringTokens) -> list[Layout]:
         """See `VLMAdapter.video_layout`: one grid for every two frames, which the encoder takes together."""
-        grids = enumerate(self._grids(entering, "video"))
-        return torch.cat([item_frame(item, t, raster(*size)) for item, (frames, *size) in grids for t in range(frames)])
+        return [whole(rows, columns, frames) for frames, rows, columns in self._grids(entering, "video")]
 
     def _grids(self, entering: EnteringTokens, kind: str) -> list[Grid]:
         """(frames, rows, columns) of every image or video: told by the call, or read off the M-RoPE positions."""
@@ -56,7 +54,7 @@ class QwenVLAdapter(VLMAdapter):
             encoded = (entering.call.get("mm_encoder_outputs") or {}).get(kind)
             lengths = [] if encoded is None else [len(tokens) for tokens in encoded.pooler_output]
             positions = entering.position_ids
-            if sum(lengths) != len(entering.ids):
+            if sum(lengths) != len(entering):
                 raise UserError(NOT_WHOLE)
             if positions is None or positions.ndim != 3 or len(positions) < 3:
                 raise UserError(NO_PLACES)
@@ -64,7 +62,7 @@ class QwenVLAdapter(VLMAdapter):
             grids = [read_grid(h, w) for h, w in zip(height.split(lengths), width.split(lengths), strict=True)]
             if kind == "image" and any(frames > 1 for frames, _, _ in grids):
                 raise UserError(NO_PLACES)
-        if sum(frames * rows * columns for frames, rows, columns in grids) != len(entering.ids):
+        if sum(frames * rows * columns for frames, rows, columns in grids) != len(entering):
             raise UserError(NOT_WHOLE)
         return grids
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from codebook_prune.adapters.base import VLMAdapter
-from codebook_prune.adapters.grids import clip_cosine, frames_in, grouped, repeated, tower_square
-from codebook_prune.visual_tokens import EnteringTokens
+from codebook_prune.adapters.grids import clip_cosine, frames_in, repeated, stacked, tower_square
+from codebook_prune.visual_tokens import EnteringTokens, Layout
 
 
 class VideoLlavaAdapter(VLMAdapter):
@@ -17,14 +17,14 @@ class VideoLlavaAdapter(VLMAdapter):
 
     model_types: ClassVar[tuple[str, ...]] = ("video_llava",)
 
-    def image_layout(self, entering: EnteringTokens) -> Tensor:
+    def image_layout(self, entering: EnteringTokens) -> list[Layout]:
         """See `VLMAdapter.image_layout`: every image is the vision tower's whole square."""
-        return repeated(self._square("full"), len(entering.ids))
+        return repeated(stacked(self._square("full")), len(entering))
 
-    def video_layout(self, entering: EnteringTokens) -> Tensor:
+    def video_layout(self, entering: EnteringTokens) -> list[Layout]:
         """See `VLMAdapter.video_layout`; a video is a stretch of frames with no text between them."""
         cells = self._square("default", "full")
-        return grouped(cells, frames_in(entering.runs(), len(cells)))
+        return [stacked(cells, frames) for frames in frames_in(entering.runs(), len(cells))]
 
     def cls_similarity(self, out: Any, inputs: Mapping[str, Any]) -> Tensor | None:
         """See `VLMAdapter.cls_similarity`; 1 for a [CLS] that enters itself."""

@@ -137,18 +137,21 @@ class Pruner:
 
     def _keep_grids(self, grids: Sequence[tuple[VisualTokens, int | None]]) -> list[Kept]:
         """What stays of every grid, given how many of its tokens."""
-        found = [Kept(frame.image.new_full((len(frame.image),), count != 0, dtype=torch.bool)) for frame, count in grids]
+        found: dict[int, Kept] = {}
         alike: dict[tuple[int, int | None], list[int]] = {}
         for i, (frame, count) in enumerate(grids):
-            if count is None or 0 < count < len(frame.image):
-                alike.setdefault((len(frame.image), count), []).append(i)
+            n = len(frame.embeddings)
+            if count is None or 0 < count < n:
+                alike.setdefault((n, count), []).append(i)
+            else:
+                found[i] = Kept(torch.full_like(frame.image, count > 0, dtype=torch.bool))
         for (_, count), members in alike.items():
             given = [grids[i][0] for i in members]
             masks = self.select(given, count)
             merged = self.merge(given, masks)
             for place, i in enumerate(members):
                 found[i] = Kept(masks[place], None if merged is None else merged[place])
-        return found
+        return [found[i] for i in range(len(grids))]
 
     def __call__(self, model: Any, *, full_length: bool = False) -> AbstractContextManager[PruneStats]:
         """A block in which `model` (a supported transformers VLM) is pruned; it yields `stats`, reset on entry.
