@@ -128,8 +128,7 @@ def sources(rows: Sequence[int], batch: int, given: int) -> list[int] | None:
 def lowest(scores: Tensor, count: int) -> Tensor:
     """[n] bool: the `count` lowest of `scores` [n]; of equal ones the lower index, NaN last."""
     keep = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-    keep[torch.argsort(scores, stable=True)[:count]] = True
-    return keep
+    return keep.index_fill_(0, torch.argsort(scores, stable=True)[:count], True)
 
 
 def shares(count: int, lengths: Sequence[int]) -> list[int]:

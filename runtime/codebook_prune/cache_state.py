@@ -149,7 +149,7 @@ def positions_of(kwargs: Arguments, state: CacheState, cached: int) -> Tensor:
     embeds, given = kwargs["inputs_embeds"], kwargs.get("position_ids")
     if given is None:
         seen = state.seen(cached)
-        given = torch.arange(seen, seen + embeds.shape[1], device=embeds.device).unsqueeze(0)
+        return torch.arange(seen, seen + embeds.shape[1], device=embeds.device).expand(len(embeds), -1)
     positions: Tensor = given.to(embeds.device).expand(*given.shape[:-2], len(embeds), -1)
     return positions
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from codebook_schemas.files import replace_atomically
 
 ALLOW_PATTERNS = ["manifest.json", "*.safetensors", "index/*.faiss", "*.parquet", "README.md"]
 ELEMENTS_PER_BLOCK = 1 << 26
+SMALLEST_NORM = 1e-12
 
 
 class Codebook:
@@ -117,21 +119,24 @@ class Codebook:
     def similarity(self, tokens: Tensor, top_k: int = 1) -> Tensor:
         """Redundancy score (method, section 4): max_j cos(v_i, c_j) of tokens [n, d]; [n] float32, in [-1, 1].
 
-        Computed in blocks, so that memory stays bounded whatever the number of prototypes.
+        Computed in blocks, so that memory stays bounded whatever the number of prototypes: the product in the tokens' own
+        dtype, then the largest divided by the tokens' norms, in float32.
 
         Args:
             tokens: [n, d].
             top_k: mean of this many largest cosines instead of the largest.
         """
         self._check(tokens)
-        unit = F.normalize(tokens.float(), dim=-1).to(tokens.dtype)
         prototypes = self.unit_prototypes(tokens.device, tokens.dtype)
         block = max(1, ELEMENTS_PER_BLOCK // max(1, len(tokens)))
-        products = (unit @ chunk.T for chunk in torch.split(prototypes, block))
+        products = (tokens @ chunk.T for chunk in torch.split(prototypes, block))
         if top_k == 1:
-            return torch.stack([product.amax(-1) for product in products]).amax(0).float()
-        best = torch.cat([product.topk(min(top_k, product.shape[1])).values for product in products], 1)
-        return best.topk(top_k).values.float().mean(-1)
+            best = functools.reduce(torch.maximum, (product.amax(-1) for product in products)).float()
+        else:
+            largest = torch.cat([product.topk(min(top_k, product.shape[1])).values for product in products], 1)
+            best = largest.topk(top_k).values.float().mean(-1)
+        norms: Tensor = torch.linalg.vector_norm(tokens, dim=-1, dtype=torch.float32)
+        return best / norms.clamp_min(SMALLEST_NORM)
 
     def _check(self, tokens: Tensor) -> None:
         if tokens.ndim != 2 or tokens.shape[-1] != self.manifest.dimension:

@@ -46,6 +46,8 @@ def ignore_unpredicted(labels: Tensor, index: Tensor, valid: Tensor) -> None:
 
 def join(past: Tensor | None, new: Tensor | None, rows: int, past_length: int, new_length: int) -> Tensor:
     """[rows, past_length + new_length] bool; a missing half is all True."""
+    if not past_length and new is not None:
+        return new
     device = next((half.device for half in (past, new) if half is not None), None)
     halves = ((past, past_length), (new, new_length))
     return torch.cat([torch.ones(rows, n, dtype=torch.bool, device=device) if h is None else h for h, n in halves], 1)

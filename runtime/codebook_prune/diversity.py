@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codebook_prune.visual_tokens import VisualTokens
-
 SMALLEST_GAIN = 1e-10
 
 
-def unit_features(images: Sequence[VisualTokens], centered: bool = False) -> Tensor:
-    """L2-normalised embeddings of images of n tokens each: [images, n, d] float32.
+def unit_features(images: Tensor, centered: bool = False) -> Tensor:
+    """L2-normalised embeddings: [images, n, d] float32.
 
     Args:
-        images: the tokens of each.
+        images: [images, n, d], the embeddings of images of n tokens each.
         centered: subtract each image's mean first, so that what all of its tokens share counts for nothing.
     """
-    features = torch.stack([tokens.embeddings for tokens in images]).float()
+    features = images.float()
     if centered:
         features = features - features.mean(1, keepdim=True)
     return F.normalize(features, dim=-1)
 
 
-def cosine_distances(images: Sequence[VisualTokens], centered: bool = False) -> Tensor:
+def cosine_distances(images: Tensor, centered: bool = False) -> Tensor:
     """1 - cosine of every pair of an image's tokens: [images, n, n] float32, from a product in the tokens' own dtype.
 
     Arguments as in `unit_features`.
     """
-    units = unit_features(images, centered).to(images[0].embeddings.dtype)
-    return (units @ units.mT).float().neg_().add_(1)
+    units = unit_features(images, centered).to(images.dtype)
+    return torch.baddbmm(units.new_ones(()), units, units.mT, alpha=-1).float()
 
 
 def farthest_first(distances: Tensor, first: Tensor, count: int) -> Tensor:

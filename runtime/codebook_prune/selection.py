@@ -58,11 +58,10 @@ def entering_images(
         return None
     items = adapter.layout(entering)
     tokens, lengths = [], [len(item.layout) for item in items]
-    for number, (item, vectors) in enumerate(zip(items, torch.split(entering.embeddings, lengths), strict=True)):
+    for item, vectors in zip(items, torch.split(entering.embeddings, lengths), strict=True):
         place = layout_on(item.layout, embeds.device)
-        image = place.frame.new_full((len(vectors),), number)
         frame = place.frame if item.layout.frames else None
-        tokens.append(VisualTokens(vectors, image, place.position, frame=frame, is_video=item.is_video))
+        tokens.append(VisualTokens(vectors, None, place.position, frame=frame, is_video=item.is_video))
     rows = [item.row for item in items]
     if with_text:
         texts = {row: _text(adapter, call, embeds, row) for row in set(rows)}
@@ -123,6 +122,6 @@ def choose(pruners: Sequence[Pruner], images: EnteringImages, batch: int) -> Cho
         return None
     masks = []
     for mask, grid, own in zip(left, scored, images.tokens, strict=True):
-        every = torch.ones_like(own.image, dtype=torch.bool) if mask is None else mask
+        every = torch.ones(len(own.embeddings), dtype=torch.bool, device=images.column.device) if mask is None else mask
         masks.append(every if grid is None else every | ~grid)
     return Chosen(masks, torch.cat([own.embeddings for own in tokens]) if merged else None)

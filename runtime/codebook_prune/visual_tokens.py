@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,18 +36,19 @@ class EncoderView:
 class VisualTokens:
     """Connector outputs of one or more images or videos, in the order they enter the LLM.
 
-    embeddings: [n, d]. image: [n] long, which item (image or video) each token belongs to. position: [n, 2] long, (row, column)
-    in its grid, (-1, -1) for newline and separator embeddings, which are never probed and never pruned. cls_similarity: [n]
-    cosine to the vision encoder's [CLS] at the feature layer, or None for encoders without one. frame: [n] long, which of its
-    item's grids each token lies in: the frame of a video, the crop or tile of an image, of which the last covers all of it
-    (separators count with the grid they stand behind); None where every item has one grid. text: [t, d] input embeddings of the
-    text tokens in ONE item's prompt, for pruners that ask for them (`Pruner.sees_text`), else None. encoder: of ONE item,
-    likewise (`Pruner.sees_encoder`). is_video: of ONE item, whether its frames follow each other in time. layer_features:
-    [n, k, d], what is added to each token behind the first k decoder layers (DeepStack), of `encode` only; None without such.
+    embeddings: [n, d]. image: [n] long, which item (image or video) each token belongs to; None: all to one. position: [n, 2]
+    long, (row, column) in its grid, (-1, -1) for newline and separator embeddings, which are never probed and never pruned.
+    cls_similarity: [n] cosine to the vision encoder's [CLS] at the feature layer, or None for encoders without one. frame: [n]
+    long, which of its item's grids each token lies in: the frame of a video, the crop or tile of an image, of which the last
+    covers all of it (separators count with the grid they stand behind); None where every item has one grid. text: [t, d] input
+    embeddings of the text tokens in ONE item's prompt, for pruners that ask for them (`Pruner.sees_text`), else None. encoder:
+    of ONE item, likewise (`Pruner.sees_encoder`). is_video: of ONE item, whether its frames follow each other in time.
+    layer_features: [n, k, d], what is added to each token behind the first k decoder layers (DeepStack), of `encode` only; None
+    without such.
     """
 
     embeddings: Tensor
-    image: Tensor
+    image: Tensor | None
     position: Tensor
     cls_similarity: Tensor | None = None
     frame: Tensor | None = None
@@ -57,10 +59,10 @@ class VisualTokens:
 
     def only(self, chosen: Tensor) -> VisualTokens:
         """The tokens where `chosen` [n] bool is True."""
-        some = (self.cls_similarity, self.frame, self.layer_features)
-        cls, frame, features = (None if x is None else x[chosen] for x in some)
+        some = (self.image, self.cls_similarity, self.frame, self.layer_features)
+        image, cls, frame, features = (None if x is None else x[chosen] for x in some)
         seen = None if self.encoder is None else self.encoder.only(chosen)
-        part = replace(self, embeddings=self.embeddings[chosen], image=self.image[chosen], position=self.position[chosen])
+        part = replace(self, embeddings=self.embeddings[chosen], image=image, position=self.position[chosen])
         return replace(part, cls_similarity=cls, frame=frame, encoder=seen, layer_features=features)
 
     def with_embeddings(self, chosen: Tensor, embeddings: Tensor) -> VisualTokens:
@@ -74,8 +76,8 @@ class VisualTokens:
         if self.frame is None:
             return [self]
         lengths = torch.unique_consecutive(self.frame, return_counts=True)[1].tolist()
-        parts = zip(*(torch.split(x, lengths) for x in (self.embeddings, self.image, self.position)), strict=True)
-        return [VisualTokens(vectors, item, place, text=self.text) for vectors, item, place in parts]
+        parts = zip(torch.split(self.embeddings, lengths), torch.split(self.position, lengths), strict=True)
+        return [VisualTokens(vectors, None, place, text=self.text) for vectors, place in parts]
 
 
 @dataclass(frozen=True)
@@ -165,19 +167,20 @@ class EnteringTokens:
         return self.input_ids.flatten()[self.place.to(self.input_ids.device)].cpu()
 
     @cached_property
-    def local_place(self) -> Tensor:
-        """`place` on the CPU."""
-        return self.place.cpu()
+    def places(self) -> list[int]:
+        """`place` as numbers."""
+        found: list[int] = self.place.tolist()
+        return found
 
     @property
     def row(self) -> Tensor:
         """[n] long on the CPU, the batch row of each."""
-        return self.local_place // self.input_ids.shape[1]
+        return self.place.cpu() // self.input_ids.shape[1]
 
     @property
     def column(self) -> Tensor:
         """[n] long on the CPU, the place of each in its row."""
-        return self.local_place % self.input_ids.shape[1]
+        return self.place.cpu() % self.input_ids.shape[1]
 
     def only(self, chosen: Tensor) -> EnteringTokens:
         """The tokens where `chosen` [n] bool is True."""
@@ -186,10 +189,9 @@ class EnteringTokens:
 
     def runs(self) -> list[int]:
         """Lengths of the stretches of tokens that follow each other with no text between."""
-        if not len(self):
-            return []
-        cut = ((self.local_place.diff() != 1) | (self.row.diff() != 0)).nonzero().flatten() + 1
-        return torch.tensor([0, *cut.tolist(), len(self)]).diff().tolist()
+        width = self.input_ids.shape[1]
+        cuts = [i for i, (a, b) in enumerate(pairwise(self.places), 1) if b != a + 1 or b % width == 0]
+        return [b - a for a, b in pairwise([0, *cuts, len(self)])] if len(self) else []
 
     def video_lengths(self) -> list[int]:
         """How many of these tokens, all of videos, belong to each one: equally many, as the videos of a call are one tensor."""

@@ -193,7 +193,7 @@ def test_images_chosen_from_together_are_as_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 7, 20])
 def test_the_steps_on_a_device_are_those_on_the_cpu(count: int) -> None:
-    distances = cosine_distances([tokens_of(noise(20, seed)) for seed in range(3)])
+    distances = cosine_distances(torch.stack([noise(20, seed) for seed in range(3)]))
     first = torch.tensor([4, 0, 19])
     expected = farthest_first(distances.clone(), first, count)
     distances.diagonal(dim1=1, dim2=2).fill_(-torch.inf)

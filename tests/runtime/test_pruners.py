@@ -132,6 +132,15 @@ def test_codebook_score_is_the_largest_cosine(tmp_path: Path) -> None:
         assert float(score[i]) == pytest.approx(max(cosines), abs=1e-6)
 
 
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_similarity_of_long_and_of_zero_vectors_in_half_precision(top_k: int, tmp_path: Path) -> None:
+    codebook, vectors = codebook_of(tmp_path), tokens_of(20).embeddings
+    exact = codebook.similarity(vectors, top_k)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.allclose(codebook.similarity((300 * vectors).to(dtype), top_k), exact, atol=0.02)
+    assert codebook.similarity(torch.zeros_like(vectors), top_k).tolist() == [0.0] * 20
+
+
 def test_double_softmax_is_the_product_over_tokens_and_prototypes(tmp_path: Path) -> None:
     codebook, tokens = codebook_of(tmp_path), tokens_of(6)
     score = CodebookPruner(codebook, keep_tokens=5, normalisation="double_softmax").score(tokens)

@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from operator import itemgetter
 from typing import Any, ClassVar
 
@@ -209,7 +208,7 @@ def entering_tokens(
     place = adapter.visual_mask(ids).flatten().nonzero().squeeze(1)
     if embeddings.ndim == 3:
         place = place.to(embeddings.device)
-        embeddings = embeddings.flatten(0, 1)[place]
+        embeddings = embeddings.flatten(0, 1).index_select(0, place)
     return EnteringTokens(place, embeddings, ids, call, position_ids)
 
 
@@ -221,15 +220,15 @@ def _items(
     Raises:
         UserError: one is torn apart, by a row's end or by another.
     """
-    ends = accumulate(map(len, layouts))
-    bounds = torch.tensor([(end - len(one), end - 1) for one, end in zip(layouts, ends, strict=True)])
-    if mine is not None:
-        bounds = mine.nonzero().squeeze(1)[bounds]
-    found, rows = [], (entering.local_place[bounds] // entering.input_ids.shape[1]).tolist()
-    for one, (first, last), (row, last_row) in zip(layouts, bounds.tolist(), rows, strict=True):
-        if last - first != len(one) - 1 or last_row != row:
+    width, found, start = entering.input_ids.shape[1], [], 0
+    numbers: Sequence[int] = range(len(entering)) if mine is None else mine.nonzero().flatten().tolist()
+    for one in layouts:
+        first, last = numbers[start], numbers[start + len(one) - 1]
+        row = entering.places[first] // width
+        if last - first != len(one) - 1 or entering.places[last] // width != row:
             raise UserError(NOT_WHOLE)
         found.append((first, Item(one, row, is_video)))
+        start += len(one)
     return found
 
 

@@ -144,7 +144,7 @@ class Pruner:
             if count is None or 0 < count < n:
                 alike.setdefault((n, count), []).append(i)
             else:
-                found[i] = Kept(torch.full_like(frame.image, count > 0, dtype=torch.bool))
+                found[i] = Kept(torch.full((n,), count > 0, device=frame.embeddings.device))
         for (_, count), members in alike.items():
             given = [grids[i][0] for i in members]
             masks = self.select(given, count)

@@ -44,7 +44,7 @@ class CDPrunerPruner(Pruner):
 
     def select(self, images: Sequence[VisualTokens], count: int | None) -> Tensor:
         """See `Pruner.select`. Memory: n x (n + count) floats an image."""
-        units = unit_features(images)
+        units = unit_features(torch.stack([tokens.embeddings for tokens in images]))
         asked = torch.stack([_direction(tokens) for tokens in images])
         relevance = (units @ asked.unsqueeze(2)).squeeze(2)
         low, high = relevance.aminmax(dim=1, keepdim=True)

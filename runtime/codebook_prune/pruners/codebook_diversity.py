@@ -61,9 +61,9 @@ class CodebookDiversityPruner(Pruner):
 
     def select(self, images: Sequence[VisualTokens], count: int | None) -> Tensor:
         """See `Pruner.select`."""
-        vectors = torch.cat([tokens.embeddings for tokens in images])
-        redundancy = self.codebook.similarity(vectors, self.top_k).view(len(images), -1)
-        distances = cosine_distances(images, self.centered)
+        vectors = torch.stack([tokens.embeddings for tokens in images])
+        redundancy = self.codebook.similarity(vectors.flatten(0, 1), self.top_k).view(len(images), -1)
+        distances = cosine_distances(vectors, self.centered)
         distances *= (1 - redundancy).clamp_(min=0).pow_(self.strength).unsqueeze(1)
         if self.remove_above is not None:  # below every distance, the more redundant the lower
             recognised = (redundancy > self.remove_above).unsqueeze(1)

@@ -26,6 +26,6 @@ class DivPrunePruner(Pruner):
 
     def select(self, images: Sequence[VisualTokens], count: int | None) -> Tensor:
         """See `Pruner.select`. Memory: n x n floats an image."""
-        distances = cosine_distances(images, self.centered)
+        distances = cosine_distances(torch.stack([tokens.embeddings for tokens in images]), self.centered)
         distances.diagonal(dim1=1, dim2=2).fill_(torch.inf)
         return farthest_first(distances, distances.amin(2).argmax(1), int(count or 1))

@@ -79,7 +79,7 @@ class EVSPruner(Pruner):
 
 def _places(tokens: VisualTokens) -> Tensor:
     """(crop, row, column) [n, 3]; the frames of a video share their places."""
-    crop = torch.zeros_like(tokens.image) if tokens.is_video or tokens.frame is None else tokens.frame
+    crop = torch.zeros_like(tokens.position[:, 0]) if tokens.is_video or tokens.frame is None else tokens.frame
     return torch.cat([crop.unsqueeze(1), tokens.position], 1)
 
 
