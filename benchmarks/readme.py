@@ -42,33 +42,48 @@ def accuracy(report: dict[str, Any]) -> str:
     )
 
 
+SPEED = (("unpruned", 1.0), ("codebook", 0.22), ("codebook_diversity", 0.22), ("codebook_diversity", 0.11))
+"""Methods of the runtime table, at 576 and at 2,880 visual tokens; the JSON has all of them."""
+
+
 def runtime(report: dict[str, Any]) -> str:
-    """Prefill and time to first token against unpruned, and the pruner's own cost."""
-    rows = [r for r in report["rows"] if "ttft_ms" in r]
+    """Whole models against unpruned at two sizes, then what a pruner costs by itself."""
+    rows = report["rows"]
+    shown = [r for r in rows if "ttft_ms" in r and "random" in r["model"] and (r["method"], r["keep_ratio"]) in SPEED]
     body = [
         [
-            f"{r['model']}, {r['method']}",
+            f"{r['visual_tokens']:,} tokens, {r['method']}",
             f"{r['keep_ratio']:.0%}",
-            f"{r['prefill_ms']:.1f}",
-            f"{r['prefill_ratio']:.2f}",
-            f"{r['ttft_ratio']:.2f}",
-            f"{r['prune_ms']:.2f}",
-        ]
-        for r in rows
-    ]
-    head = ["model, method", "kept", "prefill, ms", "of unpruned", "time to first token, of unpruned", "pruner, ms"]
-    alone = [r for r in report["rows"] if "ttft_ms" not in r]
-    own = [
-        [
-            f"{r['visual_tokens']} tokens, {r['method']}",
-            f"{r['prune_ms']:.1f}",
             f"{r['prefill_ms']:.0f}",
-            f"{r['prune_percent_of_prefill']:.2f}",
+            *(f"{r[name]:.2f}" if name in r else "" for name in ("prefill_ratio", "ttft_ratio", "ttft_speedup_of_promised")),
+            f"{r['peak_mb']:.0f}" if "peak_mb" in r else "",
+            f"{r['prune_ms']:.1f}",
         ]
-        for r in alone
+        for r in shown
     ]
-    own_head = ["pruner alone, d = 4096", "ms", "7B prefill, ms (1 layer x 32)", "% of prefill"]
-    return f"Speed on {report['device']} (`{report['command']}`):\n\n{table(head, body)}\n\n{table(own_head, own)}"
+    head = ["random LLaVA, d 1024, 8 layers", "kept", "prefill, ms", "of unpruned", "first token, of unpruned"]
+    head += ["speed-up, of what FLOPs promise", "peak, MB", "pruner, ms"]
+    alone = [
+        f"{r['method']}, {r['visual_tokens']:,} tokens: {r['prune_percent_of_prefill']:.2f}%"
+        for r in rows
+        if "7B" in r["model"]
+    ]
+    one = [r for r in rows if "prefill_ratio_ci95" in r]
+    small = [f"{r['method']}: {r['prune_percent_of_prefill']:.1f}%" for r in one if "reference" in r["model"]]
+    engine = [f"{r['model']}: {r['prefill_ratio'] - 1:+.1%} {interval(r)}" for r in one if "keep-all" in r["method"]]
+    return (
+        f"Speed on {report['device']} (`{report['command']}`; every pruner, decode and memory: "
+        f"[runtime.json](benchmarks/results/runtime.json)):\n\n{table(head, body)}\n\n"
+        f"The pruner alone, of a prefill in LLaVA-1.5-7B's shape: {'; '.join(alone)}."
+        + (f" Of the reference VLM's: {'; '.join(small)}." if small else "")
+        + (f" The engine with a budget that holds everything: {'; '.join(engine)}." if engine else "")
+    )
+
+
+def interval(row: dict[str, Any]) -> str:
+    """Of a ratio to unpruned, as a change."""
+    low, high = row["prefill_ratio_ci95"]
+    return f"[{low - 1:+.1%}, {high - 1:+.1%}]"
 
 
 def build(report: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.runtime import random_codebook, random_llava
+from benchmarks.random_models import random_codebook, random_llava
 from codebook_prune import CodebookDiversityPruner, CodebookPruner, DivPrunePruner, RandomPruner, UniformPruner
 
 GRID, WIDTH, IMAGE = 4, 64, 999
