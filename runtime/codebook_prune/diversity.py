@@ -52,26 +52,22 @@ def farthest_first(distances: Tensor, first: Tensor, count: int) -> Tensor:
 
 
 def _on_cpu(distances: Tensor, first: Tensor, count: int) -> Tensor:
-    keep = torch.zeros(distances.shape[:2], dtype=torch.bool)
+    keep = torch.empty(distances.shape[:2], dtype=torch.bool)
     for rows, start, mask in zip(distances.detach().numpy(), first.tolist(), keep.numpy(), strict=True):
-        nearest, chosen = np.full(len(rows), np.inf, np.float32), start
+        nearest = rows[start].copy()
         for _ in range(count - 1):
-            mask[chosen] = True
-            np.minimum(nearest, rows[chosen], out=nearest)
-            chosen = nearest.argmax()
-        mask[chosen] = True
+            np.minimum(nearest, rows[nearest.argmax()], out=nearest)
+        np.equal(nearest, -np.inf, out=mask)
     return keep
 
 
 def _together(distances: Tensor, first: Tensor, count: int) -> Tensor:
     images, n, _ = distances.shape
     rows, offset = distances.flatten(0, 1), torch.arange(0, images * n, n, device=distances.device)
-    nearest = distances.new_full((images, n), torch.inf)
-    chosen = first
+    nearest = rows.index_select(0, first + offset)
     for _ in range(count - 1):
-        torch.minimum(nearest, rows.index_select(0, chosen + offset), out=nearest)
-        chosen = nearest.argmax(1)
-    return (nearest == -torch.inf).scatter_(1, chosen.unsqueeze(1), True)
+        torch.minimum(nearest, rows.index_select(0, nearest.argmax(1) + offset), out=nearest)
+    return nearest == -torch.inf
 
 
 def most_probable(kernel: Tensor, count: int) -> Tensor:

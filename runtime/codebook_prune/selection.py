@@ -58,7 +58,7 @@ def entering_images(
         return None
     items = adapter.layout(entering)
     tokens, lengths = [], [len(item.layout) for item in items]
-    for item, vectors in zip(items, torch.split(entering.embeddings, lengths), strict=True):
+    for item, vectors in zip(items, entering.embeddings.split_with_sizes(lengths), strict=True):
         place = layout_on(item.layout, embeds.device)
         frame = place.frame if item.layout.frames else None
         tokens.append(VisualTokens(vectors, None, place.position, frame=frame, is_video=item.is_video))
