@@ -25,7 +25,13 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 Files = Annotated[
     list[Path], typer.Argument(metavar="FILE...", help="Files, folders or patterns; each file gets its own answer.")
 ]
-Spec = Annotated[str, typer.Option(help="What drops tokens: a name, name(parameter=value, ...), or several joined by |.")]
+Spec = Annotated[
+    str | None,
+    typer.Option(
+        help="What drops tokens: a name, name(parameter=value, ...), or several joined by |. Default: codebook_diversity; with "
+        "--threshold codebook, the paper's rule."
+    ),
+]
 Frames = Annotated[int | None, typer.Option(help="Look at this many frames, spread evenly. Default: 8.")]
 Fps = Annotated[float | None, typer.Option(help="Look at this many frames a second instead.")]
 Compare = Annotated[bool, typer.Option("--compare", help="Also answer without pruning.")]
@@ -44,11 +50,16 @@ class Question:
     threshold: Annotated[float | None, typer.Option(help="Budget: keep tokens whose redundancy is lower than this.")] = None
     positions: Annotated[
         Literal["compact", "original"] | None,
-        typer.Option(help="Renumber the kept tokens (default), or keep their own positions (grounding)."),
+        typer.Option(help="Renumber the kept tokens, or keep their own positions (grounding). Default: the pruner's own."),
     ] = None
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: cuda if there is one.")] = None
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Precision of the model.")] = "auto"
+
+    @property
+    def default_pruner(self) -> str:
+        """This project's own, or, as that has no scores to put a threshold on, the paper's."""
+        return "codebook_diversity" if self.threshold is None else "codebook"
 
     def pruners(self, specs: Sequence[str]) -> list[AnyPruner]:
         """The pruners of some specs; the budget goes to every one that takes it and has none.
@@ -110,7 +121,7 @@ def root() -> None:
 def image(
     files: Files,
     question: Question,
-    pruner: Spec = "codebook",
+    pruner: Spec = None,
     compare: Compare = False,
     overlay: Annotated[
         Path | None, typer.Option(help="Write a picture of what was kept; with several files, one each, named after it.")
@@ -121,7 +132,7 @@ def image(
     from codebook_prune.media import IMAGES, check_some, expand
     from codebook_prune.overlay import overlay_paths
 
-    chosen = question.pruners([pruner])
+    chosen = question.pruners([pruner or question.default_pruner])
     found = expand(files, IMAGES)
     pictures = overlay_paths(overlay, found)
     check_some(found, None)
@@ -133,7 +144,7 @@ def image(
 def video(
     files: Files,
     question: Question,
-    pruner: Spec = "codebook",
+    pruner: Spec = None,
     frames: Frames = None,
     fps: Fps = None,
     compare: Compare = False,
@@ -147,7 +158,7 @@ def video(
     from codebook_prune.overlay import PICTURES, overlay_paths
 
     sampling = sampled(frames, fps)
-    chosen = question.pruners([pruner])
+    chosen = question.pruners([pruner or question.default_pruner])
     found = expand(files, VIDEOS)
     pictures = overlay_paths(overlay, found, (".mp4", *PICTURES))
     check_some(found, sampling)
@@ -159,7 +170,9 @@ def video(
 def compare(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="An image or a video.")],
     question: Question,
-    pruner: Annotated[list[str], typer.Option(help="Give it once for each pruner; see codebook-prune image.")],
+    pruner: Annotated[
+        list[str] | None, typer.Option(help="Once for each pruner; see codebook-prune image, also for the default.")
+    ] = None,
     frames: Frames = None,
     fps: Fps = None,
     overlay: Annotated[Path | None, typer.Option(help="Write what each kept side by side, with its answer.")] = None,
@@ -174,12 +187,13 @@ def compare(
     if not is_video and (frames, fps) != (None, None):
         raise UserError(f"{file} is no video: leave out --frames and --fps")
     sampling = sampled(frames, fps) if is_video else None
-    chosen = question.pruners(pruner)
+    specs = pruner or [question.default_pruner]
+    chosen = question.pruners(specs)
     (picture,) = overlay_paths(overlay, [file])
     media = open_media(file, sampling)
     asker = question.asker()
     asker.check(chosen)
-    names, runs = ["unpruned", *pruner], asker.ask(media, [None, *chosen])
+    names, runs = ["unpruned", *specs], asker.ask(media, [None, *chosen])
     if picture is not None:
         draw_comparison(media, names, runs, asker.image_processor, picture)
     print_comparison(media, names, runs, picture, as_json)

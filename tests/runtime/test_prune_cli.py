@@ -19,7 +19,7 @@ from conftest import noise_image
 from PIL import Image
 from transformers.utils import logging
 
-from codebook_prune import Codebook, CodebookPruner, PyramidPruner
+from codebook_prune import Codebook, CodebookDiversityPruner, CodebookPruner, PyramidPruner
 from codebook_prune.adapters.loading import adapter_for
 from codebook_prune.cli import main
 from reference_vlm import CHECKPOINT
@@ -62,7 +62,7 @@ def test_json_of_two_images_is_what_the_library_does(place: Path, reference: tup
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [Path(line["file"]).name for line in lines] == ["one.png", "two.jpg"]
     model, processor = reference
-    pruner = CodebookPruner(Codebook.from_pretrained(place / "codebook"), keep_tokens=20)
+    pruner = CodebookDiversityPruner(Codebook.from_pretrained(place / "codebook"), keep_tokens=20)
     text = "USER: <image>\nWhat color is the circle? ASSISTANT:"
     for line in lines:
         inputs = processor(images=Image.open(line["file"]).convert("RGB"), text=text, return_tensors="pt")
@@ -170,6 +170,40 @@ def test_compare_takes_turns_and_draws_them_all(
     table = capsys.readouterr().out
     for word in ("unpruned", "random(keep_tokens=9)", "36 of 144", "144 -> 18 of 144", "prefill ms"):
         assert word in table
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        (("--keep-ratio", ".1"), CodebookDiversityPruner),
+        (("--threshold", ".5"), CodebookPruner),
+        (("--keep-ratio", ".1", "--pruner", "codebook"), CodebookPruner),
+    ],
+)
+@pytest.mark.parametrize("command", ["image", "compare"])
+def test_the_default_pruner_is_ours_and_the_papers_with_a_threshold(
+    command: str,
+    options: tuple[str, str],
+    kind: Any,
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    reference: tuple[Any, Any],
+) -> None:
+    words = arguments(place, *options, "--json")
+    with pytest.raises(SystemExit):
+        main([command, *words[1:]])
+    found = json.loads(capsys.readouterr().out)
+    pruned = found if command == "image" else found["results"][1]
+    budget = {"threshold": 0.5} if "--threshold" in options else {"keep_ratio": 0.1}
+    model, processor = reference
+    text = "USER: <image>\nWhat color is the circle? ASSISTANT:"
+    inputs = processor(images=Image.open(place / "one.png").convert("RGB"), text=text, return_tensors="pt")
+    pruner = kind(Codebook.from_pretrained(place / "codebook"), **budget)
+    with pruner(model):
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=4)
+    assert pruned["answer"] == processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    assert [pruned["tokens_after"]] == pruner.stats.tokens_after
+    assert pruned.get("pruner") in (None, kind.__module__.removeprefix("codebook_prune.pruners."))
 
 
 def test_a_threshold_and_the_reference_model_by_name(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

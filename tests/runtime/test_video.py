@@ -243,6 +243,8 @@ def test_bad_video_commands_are_one_line(scenes: Path, tmp_path: Path, capsys: p
         (["video", film, *ASK, *budget, "--frames", "2", "--fps", "1"], "give either frames or fps"),
         (["video", film, *ASK, *budget, "--frames", "0"], "frames must be between 1 and 512"),
         (["video", str(tmp_path / "none.mp4"), *ASK, *budget], "none.mp4 does not exist"),
+        (["video", film, *ASK, "--keep-tokens", "9"], "the pruner codebook_diversity needs a codebook"),
+        (["video", film, *ASK, "--threshold", "0.5"], "the pruner codebook needs a codebook"),
         (["video", str(picture), *ASK, *budget], "a.png is an image: use codebook-prune image"),
         (["image", film, *ASK, *budget], "scenes.mp4 is a video: use codebook-prune video"),
         (["video", str(tmp_path), *ASK, *budget], "holds no file that ends in .asf, "),
