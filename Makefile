@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[build,cpu,report,video,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[build,cpu,report,s3,video,dev]'
 	@touch $(STAMP)
 
 demo: $(STAMP)  ## build a codebook with a local Ray job, then prune held-out images; writes demo/

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
@@ -26,11 +27,13 @@ from codebook_builder.commit import PARQUET, check_schema
 from codebook_builder.faiss_ops import write_shards
 from codebook_prune.codebook import Codebook
 from codebook_prune.index import ShardedIndex
+from codebook_prune.stored import fetch
 from codebook_schemas import BuildConfig, CodebookManifest, FileEntry, ModelInfo, Part, Quality, Thresholds, UserError
 from codebook_schemas.config import content_hash
 from codebook_schemas.errors import one_line
 from codebook_schemas.files import replace_atomically, sync_folder
 from codebook_schemas.manifest import MANIFEST
+from codebook_schemas.object_store import ObjectPath, Place
 from codebook_schemas.tables import provenance_schema
 
 CARD = "README.md"
@@ -306,7 +309,7 @@ def merge(folders: Sequence[Path], output: Path, rows_per_shard: int) -> Codeboo
     return create(output, joined, Origin(first.model, shared, counts, source=source), rows_per_shard)
 
 
-def digest(folder: Path) -> str:
+def digest(folder: Place) -> str:
     """What a codebook is, in 64 hex digits: SHA-256 over the sorted (name, SHA-256) of all files of the manifest.
 
     Equal builds have equal digests: neither time, place nor the number of workers is in the files.
@@ -316,12 +319,22 @@ def digest(folder: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def verify(folder: Path) -> CodebookManifest:
+def verify(folder: Place) -> CodebookManifest:
     """Check every file's size and hash, parse everything, and let the index find the prototypes.
+
+    A codebook in an object store is copied to this machine first.
 
     Raises:
         UserError: the first thing that is wrong.
     """
+    if isinstance(folder, ObjectPath):
+        with TemporaryDirectory() as name:
+            copy = Path(name) / folder.name
+            fetch(folder, copy)
+            try:
+                return verify(copy)
+            except UserError as error:
+                raise UserError(str(error).replace(str(copy), str(folder))) from None
     manifest = CodebookManifest.read(folder)
     manifest.verify(folder)
     book = Codebook.from_pretrained(folder)
@@ -337,6 +350,6 @@ def verify(folder: Path) -> CodebookManifest:
     return manifest
 
 
-def manifest_exists(folder: Path) -> bool:
+def manifest_exists(folder: Place) -> bool:
     """Whether there is a committed codebook."""
     return (folder / MANIFEST).is_file()

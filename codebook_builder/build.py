@@ -7,23 +7,27 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from codebook_builder import artefact
+from codebook_builder.artefact import Origin, Prototypes
 from codebook_builder.commit import Marker, committed
 from codebook_builder.costs import Work
 from codebook_builder.progress import Progress
 from codebook_builder.publish import choose, resolve_thresholds
 from codebook_builder.run import Probed, RunFolder, calibration_limits, with_cascade, with_thresholds
+from codebook_builder.upload import check_unclaimed, upload
 from codebook_builder.worker import Failure, ProbeSpec, Runner, ShardTask
 from codebook_schemas import BuildConfig, CodebookManifest, UserError
 from codebook_schemas.files import replace_atomically
 from codebook_schemas.inputs import InputManifest
+from codebook_schemas.object_store import ObjectPath, Place, place
 
 
 class QuarantinedError(Exception):
     """Shards were given up and the build may not go on without them."""
 
-    def __init__(self, shards: Sequence[str], folder: Path) -> None:
+    def __init__(self, shards: Sequence[str], folder: Place) -> None:
         self.shards = tuple(shards)
         super().__init__(
             f"{len(shards)} shard(s) quarantined after repeated failures: {', '.join(shards)}; tracebacks are in {folder}; "
@@ -69,15 +73,26 @@ class Build:
             UserError: bad input; nothing is written at `output`.
             QuarantinedError: shards failed `cluster.attempts` times.
         """
-        output = Path(self.config.output).expanduser().absolute()
+        output = place(self.config.output)
         inputs = self.run.inputs(self.config.shards)
         if artefact.manifest_exists(output):
             return self._finished(output, self._source(inputs))
-        artefact.check_free(output)
+        if isinstance(output, ObjectPath):
+            check_unclaimed(output, self.run.path / "claim")
+        else:
+            artefact.check_free(output)
         probed, limits = self.probe(inputs)
         prototypes, origin = choose(self.config, probed, limits, self._source(inputs))
-        manifest = artefact.create(output, prototypes, origin, self.config.rows_per_shard)
-        return self._report(output, manifest)
+        return self._report(output, self._write(output, prototypes, origin))
+
+    def _write(self, output: Place, prototypes: Prototypes, origin: Origin) -> CodebookManifest:
+        if isinstance(output, Path):
+            return artefact.create(output, prototypes, origin, self.config.rows_per_shard)
+        with TemporaryDirectory() as name:
+            folder = Path(name) / output.name
+            manifest = artefact.create(folder, prototypes, origin, self.config.rows_per_shard)
+            upload(folder, output, self.run.path / "claim")
+        return manifest
 
     def extend(self, folder: Path) -> Report:
         """Add prototypes from the images of `config.shards` to a codebook, with that codebook's thresholds.
@@ -185,7 +200,7 @@ class Build:
         left_out = f" without {len(self.quarantined)} shards" if self.quarantined else ""
         return f"inputs:{inputs.content_hash}{left_out}"
 
-    def _finished(self, output: Path, source: str) -> Report:
+    def _finished(self, output: Place, source: str) -> Report:
         manifest = CodebookManifest.read(output)
         if (manifest.config_hash, manifest.version) != (self.config.content_hash, 1) or manifest.source != source:
             raise UserError(
@@ -195,7 +210,7 @@ class Build:
         manifest.verify(output)
         return self._report(output, manifest)
 
-    def _report(self, output: Path, manifest: CodebookManifest) -> Report:
+    def _report(self, output: Place, manifest: CodebookManifest) -> Report:
         return Report(
             output=str(output),
             digest=artefact.digest(output),

@@ -16,6 +16,7 @@ from codebook_schemas.errors import UserError
 if TYPE_CHECKING:
     from codebook_builder.build import Report
     from codebook_schemas import BuildConfig, CodebookManifest
+    from codebook_schemas.object_store import Place
 
 INTERRUPTED = 130
 app = typer.Typer(
@@ -29,8 +30,20 @@ Address = Annotated[
 Local = Annotated[bool, typer.Option("--local", help="No Ray: one shard after another in this process.")]
 Quarantine = Annotated[bool, typer.Option("--allow-quarantine", help="Build without shards that failed repeatedly.")]
 Config = Annotated[Path, typer.Argument(help="YAML build config.")]
-Folder = Annotated[Path, typer.Argument(help="Codebook folder.")]
-Output = Annotated[Path, typer.Option("--output", help="Folder of the new codebook; must not exist.")]
+
+
+def _local(text: str) -> Path:
+    """A path on this machine; where s3:// addresses are not taken they must not become folders named s3:."""
+    if "://" in text:
+        raise typer.BadParameter("takes a folder of this machine, not an address")
+    return Path(text)
+
+
+Folder = Annotated[Path, typer.Argument(help="Codebook folder.", parser=_local, metavar="FOLDER")]
+Stored = Annotated[str, typer.Argument(help="Codebook folder, or s3:// address.")]
+Output = Annotated[
+    Path, typer.Option("--output", help="Folder of the new codebook; must not exist.", parser=_local, metavar="FOLDER")
+]
 
 
 def _print(value: dict[str, Any], as_json: bool) -> None:
@@ -43,7 +56,7 @@ def _print(value: dict[str, Any], as_json: bool) -> None:
         print(f"{key:<{width}}  {text}")
 
 
-def _summary(folder: Path, manifest: CodebookManifest) -> dict[str, Any]:
+def _summary(folder: Place, manifest: CodebookManifest) -> dict[str, Any]:
     from codebook_builder.artefact import digest
 
     return {
@@ -90,16 +103,18 @@ def build(config: BuildConfig, address: str | None, local: bool, allow_quarantin
 
 @app.command()
 def scan(
-    shards: Annotated[list[str], typer.Argument(help="Tar shards or brace patterns: images-{000..015}.tar")],
-    out: Annotated[Path, typer.Option(help="Input manifest to write.")],
+    shards: Annotated[list[str], typer.Argument(help="Tar shards or brace patterns, also s3://: images-{000..015}.tar")],
+    out: Annotated[str, typer.Option(help="Input manifest to write: a path, or an s3:// address.")],
     as_json: Json = False,
 ) -> None:
     """Check shards and write an input manifest; a config may name it instead of the shards."""
     from codebook_builder.shards import scan as scan_shards
+    from codebook_schemas.object_store import place
 
+    target = place(out)
     manifest = scan_shards(shards)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    manifest.write(out)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    manifest.write(target)
     totals = {"shards": len(manifest.shards), "samples": sum(s.samples for s in manifest.shards)}
     _print({"manifest": str(out), **totals, "bytes": sum(s.bytes for s in manifest.shards)}, as_json)
 
@@ -157,7 +172,9 @@ def extend(
 
 @app.command()
 def merge(
-    codebooks: Annotated[list[Path], typer.Argument(help="Two or more codebooks of one model.")],
+    codebooks: Annotated[
+        list[Path], typer.Argument(help="Two or more codebooks of one model.", parser=_local, metavar="FOLDER")
+    ],
     output: Output,
     as_json: Json = False,
 ) -> None:
@@ -170,13 +187,15 @@ def merge(
 
 
 @app.command()
-def inspect(codebook: Folder, as_json: Json = False) -> None:
+def inspect(codebook: Stored, as_json: Json = False) -> None:
     """Show what a codebook is, after checking size and hash of its files; `verify` also parses and searches them."""
     from codebook_schemas import CodebookManifest
+    from codebook_schemas.object_store import place
 
-    manifest = CodebookManifest.read(codebook)
-    manifest.verify(codebook)
-    _print(_summary(codebook, manifest) | {"files_verified": len(manifest.files)}, as_json)
+    folder = place(codebook)
+    manifest = CodebookManifest.read(folder)
+    manifest.verify(folder)
+    _print(_summary(folder, manifest) | {"files_verified": len(manifest.files)}, as_json)
 
 
 @app.command("import")
@@ -194,11 +213,12 @@ def import_(
 
 
 @app.command()
-def verify(codebook: Folder, as_json: Json = False) -> None:
+def verify(codebook: Stored, as_json: Json = False) -> None:
     """Check every file of a codebook, and that its index holds its prototypes."""
     from codebook_builder.artefact import verify as verify_codebook
+    from codebook_schemas.object_store import place
 
-    manifest = verify_codebook(codebook)
+    manifest = verify_codebook(place(codebook))
     _print({"codebook": str(codebook), "ok": True, "files": len(manifest.files), "prototypes": manifest.rows}, as_json)
 
 
@@ -225,17 +245,20 @@ def doctor(
 
 @app.command()
 def gc(
-    folder: Annotated[Path, typer.Argument(help="Run folder: <output>.run")],
+    folder: Annotated[str, typer.Argument(help="Run folder: <output>.run")],
     grace_hours: Annotated[float, typer.Option(min=0, help="Keep files younger than this.")] = 24.0,
     as_json: Json = False,
 ) -> None:
     """Delete parts that no marker names, and what killed processes left half-written."""
     from codebook_builder.run import RunFolder
+    from codebook_schemas.object_store import place
 
-    if not (folder / "input.json").is_file():
+    path = place(folder)
+    if (path / "input.json").is_file():
+        deleted = len(RunFolder(path).collect_garbage(grace_hours * 3600))
+    else:
         raise UserError(f"{folder} is not a run folder: it has no input.json")
-    deleted = RunFolder(folder.expanduser().absolute()).collect_garbage(grace_hours * 3600)
-    _print({"folder": str(folder), "deleted": len(deleted)}, as_json)
+    _print({"folder": folder, "deleted": deleted}, as_json)
 
 
 def main() -> None:

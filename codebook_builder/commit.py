@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import TracebackType
 
 import pyarrow as pa
@@ -23,6 +24,7 @@ from codebook_schemas import UserError
 from codebook_schemas.config import Strict, describe
 from codebook_schemas.files import create_exclusively, read_json, sha256_of, sync_folder
 from codebook_schemas.inputs import ShardEntry
+from codebook_schemas.object_store import Place
 from codebook_schemas.tables import probe_schema
 
 DONE = "_done"
@@ -62,10 +64,10 @@ class Marker(Strict):
 class PartWriter:
     """Writes one part, a row group for every `write`; the file has a unique name and is fsynced when the block ends well.
 
-    After an exception inside the block the file is deleted.
+    After an exception inside the block the file is deleted; in an object store it was not there yet.
     """
 
-    def __init__(self, folder: Path, shard: str, attempt: int, dimension: int) -> None:
+    def __init__(self, folder: Place, shard: str, attempt: int, dimension: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"part-{shard}-{attempt}-{uuid.uuid4().hex}.parquet"
         self.rows = 0
@@ -73,7 +75,7 @@ class PartWriter:
 
     def __enter__(self) -> PartWriter:
         """Create the file."""
-        self._handle = open(self.path, "wb")
+        self._handle = open(self.path, "wb") if isinstance(self.path, Path) else TemporaryFile(mode="w+b")
         self._writer = pq.ParquetWriter(self._handle, self._schema, **PARQUET)
         return self
 
@@ -90,9 +92,14 @@ class PartWriter:
         try:
             self._writer.close()
             self._handle.flush()
-            os.fsync(self._handle.fileno())
-            self._handle.close()
-            sync_folder(self.path.parent)
+            if isinstance(self.path, Path):
+                os.fsync(self._handle.fileno())
+                self._handle.close()
+                sync_folder(self.path.parent)
+            elif kind is None:
+                self._handle.seek(0)
+                self.path.upload(self._handle, "xb")
+                self._handle.close()
             finished = kind is None
         except OSError:
             if kind is None:
@@ -101,15 +108,16 @@ class PartWriter:
             if not finished:
                 with suppress(OSError):
                     self._handle.close()
-                self.path.unlink(missing_ok=True)
+                if isinstance(self.path, Path):
+                    self.path.unlink(missing_ok=True)
 
 
-def marker_path(folder: Path, shard: str) -> Path:
+def marker_path(folder: Place, shard: str) -> Place:
     """Where the marker of a shard is."""
     return folder / DONE / f"{shard}.json"
 
 
-def commit(folder: Path, shard: str, marker: Marker) -> bool:
+def commit(folder: Place, shard: str, marker: Marker) -> bool:
     """Create the shard's marker if it is absent: the commit point. The loser's part is deleted; True for the winner."""
     path = marker_path(folder, shard)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +127,7 @@ def commit(folder: Path, shard: str, marker: Marker) -> bool:
     return won
 
 
-def read_marker(folder: Path, shard: str) -> Marker | None:
+def read_marker(folder: Place, shard: str) -> Marker | None:
     """The marker of a shard, None if the shard is not committed; raises UserError for a damaged one."""
     path = marker_path(folder, shard)
     try:
@@ -131,7 +139,7 @@ def read_marker(folder: Path, shard: str) -> Marker | None:
         raise UserError(f"marker {path} is damaged ({reason}): delete it to probe the shard again") from None
 
 
-def committed(folder: Path, shards: list[ShardEntry], probe_hash: str) -> dict[str, Marker]:
+def committed(folder: Place, shards: list[ShardEntry], probe_hash: str) -> dict[str, Marker]:
     """Markers of those shards that are committed, by shard name, in the order of `shards`.
 
     Raises:
@@ -155,7 +163,7 @@ def committed(folder: Path, shards: list[ShardEntry], probe_hash: str) -> dict[s
     return found
 
 
-def verify_part(folder: Path, marker: Marker) -> None:
+def verify_part(folder: Place, marker: Marker) -> None:
     """Check a part's size and SHA-256; raises UserError naming the file."""
     path = folder / marker.file
     if not path.is_file():
@@ -164,7 +172,7 @@ def verify_part(folder: Path, marker: Marker) -> None:
         raise UserError(f"committed part {path} is damaged: delete it and its marker to probe the shard again")
 
 
-def read_part(folder: Path, marker: Marker) -> Iterator[pa.Table]:
+def read_part(folder: Place, marker: Marker) -> Iterator[pa.Table]:
     """The row groups of a part, of whole images each, with page checksums verified and the schema checked exactly.
 
     Raises:
@@ -172,20 +180,21 @@ def read_part(folder: Path, marker: Marker) -> Iterator[pa.Table]:
     """
     path = folder / marker.file
     rows = 0
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            check_schema(file.schema_arrow, probe_schema(marker.encoder.dimension), path)
-            for number in range(file.num_row_groups):
-                table = file.read_row_group(number)
-                rows += table.num_rows
-                yield table
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"part {path} is damaged: {str(error).splitlines()[0]}") from None
+    with path.open("rb") as handle:
+        try:
+            with pq.ParquetFile(handle, page_checksum_verification=True) as file:
+                check_schema(file.schema_arrow, probe_schema(marker.encoder.dimension), path)
+                for number in range(file.num_row_groups):
+                    table = file.read_row_group(number)
+                    rows += table.num_rows
+                    yield table
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"part {path} is damaged: {str(error).splitlines()[0]}") from None
     if rows != marker.rows:
         raise UserError(f"part {path} has {rows} rows, its marker says {marker.rows}")
 
 
-def check_schema(found: pa.Schema, wanted: pa.Schema, path: Path) -> None:
+def check_schema(found: pa.Schema, wanted: pa.Schema, path: Place) -> None:
     """Refuse a table that is not exactly of our schema; extension types, which may run code, are refused by name."""
     for column in found:
         metadata = column.metadata or {}
@@ -195,13 +204,13 @@ def check_schema(found: pa.Schema, wanted: pa.Schema, path: Path) -> None:
         raise UserError(f"{path} is not a table of this release: expected columns {wanted.names}, found {found.names}")
 
 
-def collect_garbage(folder: Path, grace_seconds: float = GRACE_SECONDS) -> list[Path]:
+def collect_garbage(folder: Place, grace_seconds: float = GRACE_SECONDS) -> list[Place]:
     """Delete parts that no marker names and temporary files, if older than the grace time; returns what was deleted.
 
     Younger ones may belong to a worker that is still writing.
     """
     used = set()
-    for path in sorted((folder / DONE).glob("*.json")):
+    for path in (folder / DONE).glob("*.json"):
         marker = read_marker(folder, path.stem)
         if marker is not None:
             used.add(marker.file)
@@ -209,12 +218,12 @@ def collect_garbage(folder: Path, grace_seconds: float = GRACE_SECONDS) -> list[
     return delete_old([*candidates, *folder.glob(".*.tmp"), *(folder / DONE).glob(".*.tmp")], grace_seconds)
 
 
-def delete_old(candidates: Iterable[Path], grace_seconds: float) -> list[Path]:
+def delete_old(candidates: Iterable[Place], grace_seconds: float) -> list[Place]:
     """Delete those files and folders that were last changed longer ago than the grace time; returns them."""
     limit = time.time() - grace_seconds
-    deleted = [p for p in sorted(candidates) if p.exists() and p.stat().st_mtime <= limit]
+    deleted = [p for p in sorted(candidates, key=str) if p.exists() and p.stat().st_mtime <= limit]
     for path in deleted:
-        if path.is_dir():
+        if isinstance(path, Path) and path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)

@@ -27,6 +27,7 @@ from codebook_builder.shards import read_shard, scan
 from codebook_builder.worker import load_once, to_table
 from codebook_schemas import BuildConfig, UserError
 from codebook_schemas.inputs import InputManifest
+from codebook_schemas.object_store import place
 
 HEADER_LIMIT = 100 << 20
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -141,11 +142,11 @@ def _calibrate(
 
 def _inputs(config: BuildConfig) -> InputManifest:
     patterns = config.shards
-    return InputManifest.read(Path(patterns[0])) if len(patterns) == 1 and patterns[0].endswith(".json") else scan(patterns)
+    return InputManifest.read(place(patterns[0])) if len(patterns) == 1 and patterns[0].endswith(".json") else scan(patterns)
 
 
 def _first_images(inputs: InputManifest, count: int) -> tuple[list[str], list[Image.Image]]:
-    readable = ((key, v) for shard in inputs.shards for key, v in read_shard(Path(shard.path)) if not isinstance(v, str))
+    readable = ((key, v) for shard in inputs.shards for key, v in read_shard(place(shard.path)) if not isinstance(v, str))
     found = list(islice(readable, count))
     if not found:
         raise UserError("none of the images can be read: nothing to measure")

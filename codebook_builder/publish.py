@@ -33,7 +33,8 @@ def choose(
         UserError: nothing selected, or damaged scores.
     """
     rule = Rule.of(limits, config.probe, fixed=extending)
-    selection = select(probed.tables(), rule, config.selection, probed.folder, config.seed)
+    folder = probed.folder if isinstance(probed.folder, Path) else None
+    selection = select(probed.tables(), rule, config.selection, folder, config.seed)
     prototypes = Prototypes(
         torch.from_numpy(selection.prototypes),
         torch.from_numpy(selection.support),

@@ -16,7 +16,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from glob import escape
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,32 +29,33 @@ from codebook_schemas import BuildConfig, Quantile, ThresholdConfig, UserError
 from codebook_schemas.config import content_hash
 from codebook_schemas.files import create_exclusively, read_json, replace_atomically
 from codebook_schemas.inputs import InputManifest
+from codebook_schemas.object_store import ObjectPath, Place, place
 
 
 @dataclass(frozen=True)
 class RunFolder:
     """Paths and records of a run; nothing here starts work."""
 
-    path: Path
+    path: Place
 
     @classmethod
-    def of(cls, output: str | Path) -> RunFolder:
+    def of(cls, output: str) -> RunFolder:
         """The run folder of a codebook folder."""
-        target = Path(output).expanduser().absolute()
+        target = place(output)
         return cls(target.with_name(target.name + ".run"))
 
     @property
-    def parts(self) -> Path:
+    def parts(self) -> Place:
         """Where scores are."""
         return self.path / "parts"
 
     @property
-    def calibration(self) -> Path:
+    def calibration(self) -> Place:
         """Where the calibration images' scores are."""
         return self.path / "calibration"
 
     @property
-    def quarantine(self) -> Path:
+    def quarantine(self) -> Place:
         """Where tracebacks of given-up shards are."""
         return self.path / "quarantine"
 
@@ -68,7 +68,7 @@ class RunFolder:
         stored = self.path / "input.json"
         known = InputManifest.read(stored) if stored.exists() else None
         if len(patterns) == 1 and patterns[0].endswith(".json"):
-            found = InputManifest.read(Path(patterns[0]))
+            found = InputManifest.read(place(patterns[0]))
         elif known is not None and _looks_unchanged(known, patterns):
             return known
         else:
@@ -82,7 +82,7 @@ class RunFolder:
         found.write(stored)
         return found
 
-    def collect_garbage(self, grace_seconds: float) -> list[Path]:
+    def collect_garbage(self, grace_seconds: float) -> list[Place]:
         """Delete what killed processes left behind, if older than the grace time: parts that no marker names, temporary files,
         and unfinished codebooks beside the output. Returns what was deleted.
         """
@@ -99,10 +99,13 @@ class RunFolder:
         """Record the configuration of this run's scores, or check that they were made with an equal one.
 
         Raises:
-            UserError: the folder holds scores of another configuration; names both hashes.
+            UserError: the folder holds scores of another configuration (names both hashes), or lies in a store that ignores the
+                condition of a put.
         """
         path = self.path / "config.json"
         self.path.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.path, ObjectPath):
+            (self.path / "exclusive").require_exclusive()
         text = (config.model_dump_json(indent=1) + "\n").encode()
         if not create_exclusively(path, text) and not self.has_scores:
             replace_atomically(path, text)  # an attempt that failed before its first score binds nobody
@@ -137,11 +140,11 @@ class RunFolder:
 class Probed:
     """Committed scores of a run: the folder of the parts, and the markers by shard name in shard order."""
 
-    folder: Path
+    folder: Place
     markers: dict[str, Marker]
 
     @classmethod
-    def load(cls, folder: Path, inputs: InputManifest, probe_hash: str) -> Probed:
+    def load(cls, folder: Place, inputs: InputManifest, probe_hash: str) -> Probed:
         """The verified parts of all committed shards.
 
         Raises:
@@ -241,7 +244,7 @@ def _plain(config: BuildConfig, name: str) -> Any:
     return config.model_dump(mode="json")[name]
 
 
-def _read_json(path: Path, advice: str) -> dict[str, Any]:
+def _read_json(path: Place, advice: str) -> dict[str, Any]:
     try:
         data = read_json(path)
     except FileNotFoundError:

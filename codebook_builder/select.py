@@ -92,7 +92,7 @@ def images_of(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 class _Survivors:
     """Rows that survived step 1: scores in memory, embeddings in an unlinked file, so that memory does not grow with d."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self._file = tempfile.TemporaryFile(dir=folder, prefix=".survivors-")  # noqa: SIM115 - lives as long as the map
         self._tables: list[pa.Table] = []
         self._dimension = 0
@@ -111,14 +111,14 @@ class _Survivors:
         return scores, vectors
 
 
-def select(tables: Iterable[pa.Table], rule: Rule, config: SelectionConfig, folder: Path, seed: int = 0) -> Selection:
+def select(tables: Iterable[pa.Table], rule: Rule, config: SelectionConfig, folder: Path | None, seed: int = 0) -> Selection:
     """Select prototypes from probe tables (whole images, in a fixed order); the same rows give the same result.
 
     Args:
         tables: rows of `probe_schema`, streamed; shards in order.
         rule: the low-information rule.
         config: the selection section of the build config.
-        folder: where a temporary file of the survivors may lie.
+        folder: where a temporary file of the survivors may lie; None: where the system keeps such files.
         seed: of the k-means above `exact_limit`.
 
     Raises:

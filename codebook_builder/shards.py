@@ -1,4 +1,4 @@
-"""Local WebDataset shards: a strict reader that never loses a sample silently, brace expansion, and writing.
+"""WebDataset shards: a strict reader that never loses a sample silently, brace expansion, and writing.
 
 Plain tar readers stop without an error at a truncated end or a damaged header. This one checks that an archive ends where it
 should, reports duplicate and incomplete samples, and decodes images only, with Pillow only, under size limits.
@@ -6,7 +6,6 @@ should, reports duplicate and incomplete samples, and decodes images only, with 
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import re
@@ -22,8 +21,9 @@ from PIL import Image, ImageOps
 from codebook_prune.images import to_rgb
 from codebook_schemas import UserError
 from codebook_schemas.errors import one_line
-from codebook_schemas.files import CHUNK
+from codebook_schemas.files import CHUNK, sha256_of_handle
 from codebook_schemas.inputs import InputManifest, ShardEntry
+from codebook_schemas.object_store import ObjectPath, Place, place
 
 FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
 MAX_MEMBER_BYTES = 64 << 20
@@ -73,7 +73,7 @@ def split_name(name: str) -> tuple[str, str] | None:
     return (match[1], match[2].lower()) if match else None
 
 
-def _members(archive: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
+def _members(archive: tarfile.TarFile, path: Place) -> Iterator[tarfile.TarInfo]:
     """Every member; a UserError where the archive is damaged instead of an early, silent end."""
     last = -1
     while True:
@@ -92,7 +92,7 @@ def _members(archive: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
         yield member
 
 
-def _check_end(handle: IO[bytes], offset: int, path: Path) -> None:
+def _check_end(handle: IO[bytes], offset: int, path: Place) -> None:
     """The archive must end in at least two zero blocks with nothing after them."""
     handle.seek(0, os.SEEK_END)
     size = handle.tell()
@@ -104,7 +104,7 @@ def _check_end(handle: IO[bytes], offset: int, path: Path) -> None:
             raise UserError(f"shard {path} is damaged: no valid header at byte {offset}; fetch or write it again")
 
 
-def _samples(handle: IO[bytes], path: Path) -> Iterator[_Sample]:
+def _samples(handle: IO[bytes], path: Place) -> Iterator[_Sample]:
     """Groups of consecutive members with one key; the archive's end is checked after the last."""
     try:
         archive = tarfile.open(fileobj=handle, mode="r:")  # noqa: SIM115 - the handle is the caller's
@@ -128,25 +128,30 @@ def _samples(handle: IO[bytes], path: Path) -> Iterator[_Sample]:
     _check_end(handle, end, path)
 
 
-def read_shard(path: Path) -> Iterator[tuple[str, Image.Image | str]]:
-    """Every sample of a shard in its order: (key, RGB image), or (key, reason) for one that cannot be used.
+def read_shard(path: Place) -> Iterator[tuple[str, Image.Image | str]]:
+    """As `read_samples`, of a file or object; raises UserError also if it is missing or cannot be read."""
+    with opened(path) as handle:
+        yield from read_samples(handle, path)
+
+
+def read_samples(handle: IO[bytes], path: Place) -> Iterator[tuple[str, Image.Image | str]]:
+    """Every sample of an open shard in its order: (key, RGB image), or (key, reason) for one that cannot be used.
 
     Keys are data: never make a file name from one.
 
     Raises:
-        UserError: missing or unreadable file, not an uncompressed tar, truncated or damaged archive.
+        UserError: not an uncompressed tar, truncated or damaged archive.
     """
     seen: set[str] = set()
-    with _opened(path) as handle:
-        for sample in _samples(handle, path):
-            reason = sample.verdict(seen)
-            seen.add(sample.key)
-            if reason is not None:
-                yield printable(sample.key), reason
-                continue
-            kind, member = sample.images[0]
-            handle.seek(member.offset_data)
-            yield sample.key, decode(handle.read(member.size), kind)
+    for sample in _samples(handle, path):
+        reason = sample.verdict(seen)
+        seen.add(sample.key)
+        if reason is not None:
+            yield printable(sample.key), reason
+            continue
+        kind, member = sample.images[0]
+        handle.seek(member.offset_data)
+        yield sample.key, decode(handle.read(member.size), kind)
 
 
 def printable(key: str) -> str:
@@ -174,31 +179,41 @@ def decode(data: bytes, kind: str) -> Image.Image | str:
         return one_line(f"cannot decode {kind}: {type(error).__name__}: {error}")
 
 
-def _opened(path: Path) -> IO[bytes]:
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise UserError(f"cannot read shard {path}: {error.strerror or error}") from None
-
-
-def expand(patterns: Sequence[str]) -> list[Path]:
-    """Local shard paths of a list of paths and brace patterns (`images-{000..015}.tar`), absolute, in order.
+def opened(path: Place) -> IO[bytes]:
+    """A shard, open for reading; an object is copied to an unnamed temporary file first.
 
     Raises:
-        UserError: empty list, a remote or command URL, a missing file, or a path that occurs twice.
+        UserError: it is missing or cannot be read.
+        OSError: an object store does not answer, which may pass.
+    """
+    try:
+        return path.open("rb")
+    except OSError as error:
+        if isinstance(path, ObjectPath) and not isinstance(error, FileNotFoundError):
+            raise
+        raise UserError(f"cannot read shard {path} on {os.uname().nodename}: {error.strerror or error}") from None
+
+
+def expand(patterns: Sequence[str]) -> list[Place]:
+    """Shards of a list of paths, s3:// addresses and brace patterns (`images-{000..015}.tar`), absolute, in order.
+
+    Raises:
+        UserError: empty list, another address or a command, a missing shard, or one that occurs twice.
     """
     os.environ["WDS_SECURE"] = "1"
     from webdataset.shardlists import expand_urls
 
-    paths: list[Path] = []
+    paths: list[Place] = []
     for pattern in patterns:
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", pattern):
-            raise UserError(f"shard {pattern} is not a local path: copy or mount the shards first")
+        if "://" in pattern:
+            place(pattern)
+        elif re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", pattern):
+            raise UserError(f"shard {pattern} is neither a local path nor an s3:// address")
         try:
             names = [pattern] if Path(pattern).is_file() else expand_urls(pattern)
         except (ValueError, AssertionError) as error:
             raise UserError(f"shard pattern {pattern} cannot be expanded: {error}") from None
-        paths += [Path(str(name)).expanduser().absolute() for name in names]
+        paths += [place(str(name)) for name in names]
     if not paths:
         raise UserError("no shards given: name at least one tar file or brace pattern")
     if repeated := sorted({str(p) for p in paths if paths.count(p) > 1}):
@@ -209,22 +224,20 @@ def expand(patterns: Sequence[str]) -> list[Path]:
     return paths
 
 
-def scan_shard(path: Path, name: str) -> ShardEntry:
+def scan_shard(path: Place, name: str) -> ShardEntry:
     """Size, SHA-256 and number of samples of one shard.
 
     Raises:
         UserError: as `read_shard`, or the shard is empty or has too many samples.
     """
-    with _opened(path) as handle:
+    with opened(path) as handle:
         samples = sum(1 for _ in _samples(handle, path))
         size = handle.seek(0, os.SEEK_END)
         handle.seek(0)
-        digest = hashlib.sha256()
-        while chunk := handle.read(CHUNK):
-            digest.update(chunk)
+        digest = sha256_of_handle(handle)
     if not 1 <= samples <= MAX_SAMPLES:
         raise UserError(f"shard {path} has {samples} samples: between 1 and {MAX_SAMPLES} are allowed")
-    return ShardEntry(name=name, path=str(path), bytes=size, sha256=digest.hexdigest(), samples=samples)
+    return ShardEntry(name=name, path=str(path), bytes=size, sha256=digest, samples=samples)
 
 
 def scan(patterns: Sequence[str]) -> InputManifest:

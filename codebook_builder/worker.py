@@ -10,21 +10,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from PIL import Image
 
 from codebook_builder.commit import Encoder, Marker, PartWriter, Skipped, commit, read_marker
 from codebook_builder.costs import Work
 from codebook_builder.prefetch import prefetched
-from codebook_builder.shards import read_shard
+from codebook_builder.shards import opened, read_samples
 from codebook_schemas import ProbeConfig, UserError
 from codebook_schemas.config import content_hash
-from codebook_schemas.files import sha256_of
+from codebook_schemas.files import sha256_of, sha256_of_handle
 from codebook_schemas.inputs import ShardEntry
+from codebook_schemas.object_store import Place, place
 from codebook_schemas.tables import probe_schema
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class ShardTask:
 
     spec: ProbeSpec
     shard: ShardEntry
-    folder: Path
+    folder: Place
     attempt: int = 0
     limit: int | None = None
 
@@ -101,6 +102,7 @@ class Failure:
     error: str
 
 
+Samples = Iterator[tuple[str, Image.Image | str]]
 Outcome = ShardResult | Failure
 Runner = Callable[[Sequence[ShardTask]], Iterator[Outcome]]
 
@@ -163,17 +165,16 @@ def process_shard(task: ShardTask) -> ShardResult:
         UserError: the shard changed since it was scanned or is damaged, or the model cannot be loaded: retrying does not help.
     """
     started = time.perf_counter()
-    path = Path(task.shard.path)
-    _verify_input(path, task.shard)
-    prober, encoder = _prober(task.spec)
-    seconds = {"verify_and_load": time.perf_counter() - started, "read": 0.0, "wait": 0.0, "probe": 0.0, "write": 0.0}
     skipped: list[Skipped] = []
     images = 0
-    with PartWriter(task.folder, task.shard.name, task.attempt, encoder.dimension) as part:
-        for group in _probed(prober, path, task.limit, skipped, seconds):
-            with _timed(seconds, "write"):
-                part.write(to_table(group, task.shard.name, encoder.dimension))
-            images += len(group)
+    with _verified(task.shard) as samples:
+        prober, encoder = _prober(task.spec)
+        seconds = {"verify_and_load": time.perf_counter() - started, "read": 0.0, "wait": 0.0, "probe": 0.0, "write": 0.0}
+        with PartWriter(task.folder, task.shard.name, task.attempt, encoder.dimension) as part:
+            for group in _probed(prober, islice(samples, task.limit), skipped, seconds):
+                with _timed(seconds, "write"):
+                    part.write(to_table(group, task.shard.name, encoder.dimension))
+                images += len(group)
     marker = Marker(
         file=part.path.name,
         bytes=part.path.stat().st_size,
@@ -190,13 +191,17 @@ def process_shard(task: ShardTask) -> ShardResult:
     return ShardResult(task.shard.name, marker.rows, marker.images, marker.skipped, seconds, prober.take_work())
 
 
-def _verify_input(path: Path, shard: ShardEntry) -> None:
-    try:
-        changed = path.stat().st_size != shard.bytes or sha256_of(path) != shard.sha256
-    except OSError as error:
-        raise UserError(f"cannot read shard {path} on {os.uname().nodename}: {error.strerror}") from None
-    if changed:
-        raise UserError(f"shard {path} is not the file that was scanned: scan again, or restore it")
+@contextmanager
+def _verified(shard: ShardEntry) -> Iterator[Samples]:
+    """The samples of a shard whose content is what was scanned; what is verified and what is read is one open file."""
+    path = place(shard.path)
+    with opened(path) as handle:
+        size = handle.seek(0, os.SEEK_END)
+        handle.seek(0)
+        if size != shard.bytes or sha256_of_handle(handle) != shard.sha256:
+            raise UserError(f"shard {path} is not the file that was scanned: scan again, or restore it")
+        handle.seek(0)
+        yield read_samples(handle, path)
 
 
 @contextmanager
@@ -208,11 +213,8 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
         seconds[phase] += time.perf_counter() - started
 
 
-def _prepared(
-    prober: Prober, path: Path, limit: int | None, seconds: dict[str, float]
-) -> Iterator[tuple[str, SplitPrompt | str]]:
-    """Key and prepared image of every sample of a shard, or the reason why it has none."""
-    samples = islice(read_shard(path), limit)
+def _prepared(prober: Prober, samples: Samples, seconds: dict[str, float]) -> Iterator[tuple[str, SplitPrompt | str]]:
+    """Key and prepared image of every sample, or the reason why it has none."""
     while True:
         with _timed(seconds, "read"):
             sample = next(samples, None)
@@ -223,15 +225,13 @@ def _prepared(
         yield key, found
 
 
-def _probed(
-    prober: Prober, path: Path, limit: int | None, skipped: list[Skipped], seconds: dict[str, float]
-) -> Iterator[list[ImageScores]]:
-    """Scores of a shard's images, a row group at a time; samples that cannot be used are added to `skipped`, in order."""
+def _probed(prober: Prober, samples: Samples, skipped: list[Skipped], seconds: dict[str, float]) -> Iterator[list[ImageScores]]:
+    """Scores of the images, a row group at a time; samples that cannot be used are added to `skipped`, in order."""
     group: list[ImageScores] = []
-    with prefetched(_prepared(prober, path, limit, seconds), IMAGES_AHEAD) as samples:
+    with prefetched(_prepared(prober, samples, seconds), IMAGES_AHEAD) as prepared:
         while True:
             with _timed(seconds, "wait"):
-                sample = next(samples, None)
+                sample = next(prepared, None)
             if sample is None:
                 break
             key, prompt = sample

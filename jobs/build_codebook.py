@@ -3,8 +3,8 @@
     ray job submit --working-dir . -- python jobs/build_codebook.py CONFIG [--allow-quarantine] [--json]
 
 The packages are taken from the submitted folder, for this driver and, shipped by it, for every worker, so the two never differ.
-`output` in CONFIG must be absolute and, like the shards, on storage that every node sees: the submitted folder is a copy that
-disappears. Running the same job again resumes. Exit codes are those of `codebook-build run`.
+`output` in CONFIG must be absolute and, like the shards, on storage that every node sees, or s3://: the submitted folder is a
+copy that disappears. Running the same job again resumes. Exit codes are those of `codebook-build run`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ def main() -> None:
     arguments = sys.argv[1:]
     try:
         for name in arguments:
-            if not name.startswith("-") and not Path(BuildConfig.from_file(name).output).is_absolute():
-                raise UserError(f"{name}: a job's output must be an absolute path on storage that every node sees")
+            if name.startswith("-") or "://" in (output := BuildConfig.from_file(name).output) or Path(output).is_absolute():
+                continue
+            raise UserError(f"{name}: a job's output must be an absolute path on storage that every node sees, or s3://")
     except UserError as error:
         sys.exit(cli.fail(error))
     sys.argv = ["codebook-build", "run", *arguments, "--address", "auto"]

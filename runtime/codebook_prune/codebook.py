@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from codebook_prune.hub import hub_answers, looks_local
+from codebook_prune.stored import cached
 from codebook_schemas import CodebookManifest, UserError
 from codebook_schemas.errors import one_line
 from codebook_schemas.files import replace_atomically
+from codebook_schemas.object_store import ObjectPath, place
 
 ALLOW_PATTERNS = ["manifest.json", "*.safetensors", "index/*.faiss", "*.parquet", "README.md"]
 ELEMENTS_PER_BLOCK = 1 << 26
@@ -47,7 +49,7 @@ class Codebook:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> Codebook:
-        """Load a codebook from a local folder or a Hub id; every file is verified before it is parsed.
+        """Load a codebook from a local folder, a Hub id or an s3:// address; every file is verified before it is parsed.
 
         Raises:
             UserError: no codebook there, or a damaged one; names the file.
@@ -167,7 +169,7 @@ class Codebook:
 
 
 def locate(name: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a codebook: `name` itself, or a snapshot of the Hub repository `owner/name`.
+    """The local folder of a codebook: `name` itself, a copy of an s3:// address, or a snapshot of the Hub's `owner/name`.
 
     Raises:
         UserError: neither; says whether the Hub denied it or could not be asked.
@@ -176,6 +178,8 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
     if path.is_dir():
         return path
     text = str(name)
+    if "://" in text and isinstance(stored := place(text), ObjectPath):
+        return cached(stored)
     if looks_local(text) or path.exists():
         raise UserError(f"no codebook at {name}: it is neither a folder nor a Hub id (owner/name)")
     from huggingface_hub import snapshot_download

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pydantic import Field, ValidationError
 
 from codebook_schemas.config import Strict, content_hash, describe
 from codebook_schemas.errors import UserError
 from codebook_schemas.files import read_json, replace_atomically
+from codebook_schemas.object_store import Place
 
 
 class ShardEntry(Strict):
@@ -31,12 +30,12 @@ class InputManifest(Strict):
         """Hash of the shards' contents, whatever folder they lie in."""
         return content_hash([(s.name, s.sha256) for s in self.shards])
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Place) -> None:
         """Write atomically as JSON."""
         replace_atomically(path, (self.model_dump_json(indent=1) + "\n").encode())
 
     @classmethod
-    def read(cls, path: Path) -> InputManifest:
+    def read(cls, path: Place) -> InputManifest:
         """Read it back; raises UserError in one line."""
         try:
             return cls.model_validate(read_json(path))

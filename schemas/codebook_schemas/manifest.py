@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, field_validator
 from codebook_schemas.config import BuildConfig, Strict, content_hash, describe
 from codebook_schemas.errors import UserError, one_line
 from codebook_schemas.files import read_json, replace_atomically, sha256_of
+from codebook_schemas.object_store import Place
 
 FORMAT_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
@@ -27,7 +28,7 @@ class FileEntry(Strict):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
     @classmethod
-    def of(cls, path: Path) -> FileEntry:
+    def of(cls, path: Place) -> FileEntry:
         """Measure a file."""
         return cls(bytes=path.stat().st_size, sha256=sha256_of(path))
 
@@ -104,7 +105,7 @@ class CodebookManifest(Strict):
         return sum(part.rows for part in self.parts)
 
     @classmethod
-    def read(cls, folder: Path) -> CodebookManifest:
+    def read(cls, folder: Place) -> CodebookManifest:
         """Read and validate `folder`/manifest.json.
 
         Raises:
@@ -139,7 +140,7 @@ class CodebookManifest(Strict):
         text = json.dumps({**data, "checksum": content_hash(data)}, indent=1)
         replace_atomically(folder / MANIFEST, (text + "\n").encode())
 
-    def verify(self, folder: Path, names: list[str] | None = None) -> None:
+    def verify(self, folder: Place, names: list[str] | None = None) -> None:
         """Check size and SHA-256 of the named files (default: all) before anything parses them.
 
         Raises:

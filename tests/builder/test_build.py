@@ -249,13 +249,13 @@ def command(config: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "codebook_builder.cli", "run", str(config), "--json", *options]
 
 
-def wait_for(condition: Any, process: subprocess.Popen[bytes], seconds: float = 120) -> Any:
+def wait_for(condition: Any, process: subprocess.Popen[bytes], seconds: float = 300) -> Any:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if value := condition():
             return value
         assert process.poll() is None, "the build ended too early"
-        time.sleep(0.02)
+        time.sleep(0.1)
     raise TimeoutError
 
 
@@ -299,12 +299,14 @@ def test_sigkill_of_the_driver_is_resumed(tmp_path: Path, inputs: str, whole: tu
 
 def kill_driver(file: Path, folder: RunFolder, environment: dict[str, str]) -> None:
     """Start a build on an embedded Ray, kill its driver after the first committed shard and see all of it end."""
-    process = subprocess.Popen(command(file), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-    wait_for(lambda: list((folder.parts / "_done").glob("*.json")), process)
-    started = descendants(process.pid)
-    process.kill()
-    process.wait()
-    end(started, seconds=30)
+    process = subprocess.Popen(command(file), stdout=subprocess.DEVNULL, env=environment)
+    try:
+        wait_for(lambda: list((folder.parts / "_done").glob("*.json")), process)
+    finally:
+        started = descendants(process.pid)
+        process.kill()
+        process.wait()
+        end(started, seconds=30)
 
 
 @pytest.mark.cluster

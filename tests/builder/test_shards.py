@@ -125,8 +125,8 @@ def test_lists_of_shards(tmp_path: Path) -> None:
         ([], "no shards"),
         ([str(tmp_path / "s-{000..004}.tar")], "does not exist.*1 more"),
         ([first, first], "listed twice"),
-        (["pipe:cat x"], "not a local path"),
-        (["https://example.org/a.tar"], "not a local path"),
+        (["pipe:cat x"], "neither a local path nor"),
+        (["https://example.org/a.tar"], "neither a local path nor"),
         ([str(tmp_path / "a-${HOME}.tar")], "cannot be expanded|does not exist"),
     ):
         with pytest.raises(UserError, match=message):
