@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from codebook_builder.card import card
-from codebook_builder.commit import PARQUET, check_schema
+from codebook_builder.commit import PARQUET, check_schema, delete_old
 from codebook_builder.faiss_ops import write_shards
 from codebook_prune.codebook import Codebook
 from codebook_prune.index import ShardedIndex
@@ -317,6 +317,16 @@ def digest(folder: Place) -> str:
     manifest = CodebookManifest.read(folder)
     text = "".join(f"{name}\0{entry.sha256}\n" for name, entry in sorted(manifest.files.items()))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def collect_garbage(folder: Path, grace_seconds: float) -> list[Place]:
+    """Delete what a killed `extend` left in a codebook folder, if older than the grace time: files named as ours that the
+    manifest does not list, and temporary files. Returns what was deleted; raises UserError for a damaged manifest.
+    """
+    known = CodebookManifest.read(folder).files
+    patterns = ("prototypes-*.safetensors", "prototypes-*.parquet", "index/shard-*.faiss", ".*.tmp", "index/.*.tmp")
+    found = (path for pattern in patterns for path in folder.glob(pattern))
+    return delete_old([path for path in found if path.relative_to(folder).as_posix() not in known], grace_seconds)
 
 
 def verify(folder: Place) -> CodebookManifest:

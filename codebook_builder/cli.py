@@ -245,19 +245,22 @@ def doctor(
 
 @app.command()
 def gc(
-    folder: Annotated[str, typer.Argument(help="Run folder: <output>.run")],
+    folder: Annotated[str, typer.Argument(help="Run folder <output>.run, or a codebook whose extension was killed.")],
     grace_hours: Annotated[float, typer.Option(min=0, help="Keep files younger than this.")] = 24.0,
     as_json: Json = False,
 ) -> None:
     """Delete parts that no marker names, and what killed processes left half-written."""
+    from codebook_builder.artefact import collect_garbage, manifest_exists
     from codebook_builder.run import RunFolder
-    from codebook_schemas.object_store import place
+    from codebook_schemas.object_store import ObjectPath, place
 
     path = place(folder)
     if (path / "input.json").is_file():
         deleted = len(RunFolder(path).collect_garbage(grace_hours * 3600))
+    elif not isinstance(path, ObjectPath) and manifest_exists(path):
+        deleted = len(collect_garbage(path, grace_hours * 3600))
     else:
-        raise UserError(f"{folder} is not a run folder: it has no input.json")
+        raise UserError(f"{folder} is neither a run folder, which has an input.json, nor a codebook folder")
     _print({"folder": folder, "deleted": deleted}, as_json)
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ import torch
 from building import score_table
 from safetensors.torch import load_file
 
-from codebook_builder import artefact
+from codebook_builder import artefact, cli
 from codebook_builder.artefact import Origin, Prototypes, create, digest, extend, merge, read_provenance, verify
 from codebook_builder.quality import COVERED, index_recall, measure
 from codebook_builder.select import Rule, embeddings_of, low_information
@@ -139,6 +143,43 @@ def test_a_crash_while_extending_leaves_the_old_codebook(tmp_path: Path, monkeyp
     assert len(Codebook.from_pretrained(book)) == 10
     assert extend(book, prototypes(5, seed=1), origin(source="inputs:two"), rows_per_shard=4).rows == 15
     verify(book)
+
+
+KILLED = """
+import os, signal, sys
+from test_artefact import *
+calls, replace = iter(range(1, 9)), os.replace
+
+def killing(*paths):
+    if next(calls) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*paths)
+
+os.replace = killing
+extend(Path(sys.argv[1]), prototypes(5, seed=1), origin(source="inputs:two"), rows_per_shard=4)
+"""
+
+
+@pytest.mark.parametrize(("moment", "left"), [(1, 1), (5, 5)])  # at the first file written, at the manifest
+def test_what_a_killed_extension_leaves_is_swept(
+    tmp_path: Path, moment: int, left: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    book = tmp_path / "book"
+    create(book, prototypes(), origin(), rows_per_shard=4)
+    (book / "notes.txt").write_text("not ours")
+    before = snapshot(book)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", KILLED, book, str(moment)], env=environment, check=False, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    assert len(snapshot(book).keys() - before.keys()) == left
+    assert artefact.collect_garbage(book, 3600) == []
+    monkeypatch.setattr(sys, "argv", ["codebook-build", "gc", str(book), "--grace-hours", "0", "--json"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert json.loads(capsys.readouterr().out)["deleted"] == left
+    assert snapshot(book) == before
+    extend(book, prototypes(5, seed=1), origin(source="inputs:two"), rows_per_shard=4)
+    assert verify(book).rows == 15
 
 
 @pytest.mark.parametrize(

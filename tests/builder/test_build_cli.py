@@ -110,7 +110,7 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     bad("holds no scores", "select", tmp_path / "c.yaml", "--output", tmp_path / "s")
     bad("at least two", "merge", tmp_path, "--output", tmp_path / "m")
     bad("does not exist", "import", tmp_path / "x.pt", "--output", tmp_path / "m", "--model", "m")
-    bad("not a run folder", "gc", tmp_path)
+    bad("neither a run folder", "gc", tmp_path)
     scene_shards(tmp_path, 1, 1)
     (tmp_path / "m.yaml").write_text(f"model: {tmp_path}\nshards: [{tmp_path}/s-000.tar]\noutput: {tmp_path}/o")
     bad("cannot load model", "run", tmp_path / "m.yaml", "--local", "--json")
