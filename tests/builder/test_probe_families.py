@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import noise_image
 from families import FAMILIES, IMAGE, PATCH, PINPOINTS, SIDE, SQUARE, VIDEO, Family, Prompt, unpadded
-from test_families import spliced
 from test_probe import Answers, Array, assert_scores, config
 from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -187,7 +186,7 @@ def test_the_same_vectors_enter_as_in_the_matrix() -> None:
     """The oracle above splices as the conformance matrix does."""
     family = FAMILIES["internvl"]("sdpa")
     p = family.prompts[1]
-    vectors, columns = spliced(family, p)
+    vectors, columns = family.vectors(p), family.columns(p)
     embeddings = oracle(family, family.inputs([p]), "replace").embeddings
     np.testing.assert_array_equal(embeddings, torch.stack([vectors[i] for i in columns[0]]).double().numpy())
 

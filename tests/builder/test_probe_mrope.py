@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import noise_image
-from layer_oracle import Row
-from mrope import END, FAMILIES, START, Prompt, image, inputs_of, lay, plain_logits, row_of, tiny
+from layer_oracle import Row, plain_logits
+from mrope import END, FAMILIES, START, Prompt, image, inputs_of, lay, row_of, tiny
 from test_probe import Answers, Array, assert_scores, config
 
 from codebook_builder.probe import Prober

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
+from layer_oracle import Row
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
@@ -15,6 +17,8 @@ from transformers import (
     InternVLConfig,
     InternVLForConditionalGeneration,
     LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextVideoConfig,
@@ -90,6 +94,56 @@ class Family:
             return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
         names = {name: 0 for item in p.items for name in item.pixels}
         return {name: padded_cat([item.pixels[name] for item in p.items if name in item.pixels]) for name in names}
+
+    def columns(self, p: Prompt) -> list[list[int]]:
+        """Where the tokens of each item stand."""
+        found, start = [], 1 + 2
+        for one in p.items:
+            found.append([start + i for i, token in enumerate(one.ids) if token in (IMAGE, VIDEO)])
+            start += len(one.ids) + 3
+        return found
+
+    def cells(self, p: Prompt) -> list[list[Cell]]:
+        """Where they belong."""
+        return [list(one.cells) for one in p.items]
+
+    @torch.no_grad()
+    def vectors(self, p: Prompt) -> list[Tensor]:
+        """A row's vectors with the encoder's features written over the placeholders."""
+        base, ids, pixels = self.model.base_model, p.ids, self.row_pixels(p)
+        vectors = list(self.model.get_input_embeddings()(torch.tensor(ids)))
+        for placeholder, encode in ((IMAGE, "get_image_features"), (VIDEO, "get_video_features")):
+            places = [i for i, token in enumerate(ids) if token == placeholder]
+            if places:
+                mine = {name: x for name, x in pixels.items() if ("videos" in name) == (placeholder == VIDEO)}
+                out = getattr(base, encode)(**mine, return_dict=True).pooler_output
+                features = [v for part in out for v in part.flatten(0, -2)]
+                for place, feature in zip(places, features, strict=True):
+                    vectors[place] = feature
+        return vectors
+
+    def row(self, p: Prompt, budgets: Sequence[int] | None = None, positions: str = "compact") -> Row:
+        """A row of which each item keeps so many tokens (None: all), spread over its frames."""
+        vectors, gone = self.vectors(p), set[int]()
+        visual: list[bool | None] = [False] * len(vectors)
+        for number, (own, cells) in enumerate(zip(self.columns(p), self.cells(p), strict=True)):
+            frames: dict[int, list[int]] = {}
+            for column, (frame, row, _) in zip(own, cells, strict=True):
+                visual[column] = True if row >= 0 else None
+                if row >= 0:
+                    frames.setdefault(frame, []).append(column)
+            total = sum(map(len, frames.values()))
+            stays = total if budgets is None else min(budgets[number], total)
+            exact = {frame: Fraction(stays * len(members), total) for frame, members in frames.items()}
+            share = {frame: int(x) for frame, x in exact.items()}
+            for frame in sorted(frames, key=lambda f: (share[f] - exact[f], f))[: stays - sum(share.values())]:
+                share[frame] += 1
+            for frame, members in frames.items():
+                ranked = sorted(members, key=lambda i: (vectors[i][::2].mean().item(), i))
+                gone |= set(ranked[share[frame] :])
+        left = [i for i in range(len(vectors)) if i not in gone]
+        numbers = left if positions == "original" else list(range(len(left)))
+        return Row([vectors[i] for i in left], [visual[i] for i in left], numbers, [(0, len(left))])
 
 
 def padded_cat(parts: Sequence[Tensor]) -> Tensor:
@@ -203,6 +257,19 @@ def single_crop_image(seed: int, height: int, width: int) -> Item:
 
 def with_pixels(one: Item, **more: Tensor) -> Item:
     return replace(one, pixels=one.pixels | more)
+
+
+def llava(attention: str) -> Family:
+    config = LlavaConfig(
+        vision_config=clip(),
+        text_config=LlamaConfig(**TEXT),
+        image_token_id=IMAGE,
+        vision_feature_layer=-2,
+        image_seq_length=16,
+    )
+    model = ready(LlavaForConditionalGeneration, config, attention)
+    images = [item(IMAGE, {"pixel_values": noise(80 + i, 1, 3, SIDE, SIDE)}, grid(0, SQUARE, SQUARE)) for i in range(3)]
+    return Family("llava", model, prompts_of(images[:1], images[1:]))
 
 
 def llava_next(attention: str) -> Family:

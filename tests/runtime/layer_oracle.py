@@ -209,6 +209,33 @@ def said(model: Any, row: Row, tokens: list[int]) -> Row:
     return row
 
 
+@torch.no_grad()
+def plain_logits(model: Any, row: Row) -> Tensor:
+    """Logits [length, vocabulary] of the unhooked decoder over the row, no cache, positions given; the mask of ones keeps gaps
+    from being taken for packed sequences."""
+    embeds, numbers = torch.stack(row.vectors)[None], torch.tensor(row.numbers)
+    more: dict[str, Any] = {}
+    if row.deep:
+        zero = torch.zeros_like(row.vectors[0])
+        features = [torch.stack([layer.get(i, zero) for i in range(len(row.vectors))]) for layer in row.deep]
+        more = {"visual_pos_masks": torch.ones(embeds.shape[:2]).bool(), "deepstack_visual_embeds": features}
+    ones, places = torch.ones(embeds.shape[:2], dtype=torch.long), numbers.T[:, None] if numbers.ndim == 2 else numbers[None]
+    decoder = model.get_decoder()
+    out = decoder(inputs_embeds=embeds, position_ids=places, attention_mask=ones, use_cache=False, **more)
+    return model.lm_head(out.last_hidden_state)[0]
+
+
+def plain_greedy(model: Any, row: Row, steps: int) -> tuple[list[int], list[Tensor]]:
+    """Greedy tokens and the logits each was chosen from, everything run again at every step."""
+    tokens: list[int] = []
+    logits: list[Tensor] = []
+    for _ in range(steps):
+        logits.append(plain_logits(model, row)[-1])
+        tokens.append(int(logits[-1].argmax()))
+        row = said(model, row, tokens[-1:])
+    return tokens, logits
+
+
 def ranked(moment: Moment, attention: Attention, candidates: list[int], pool: str) -> list[int]:
     """Candidates from the most to the least attended by the last prompt token; mean or max over heads; the earlier first."""
     columns, rows = attention

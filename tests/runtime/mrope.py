@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from layer_oracle import Row, said
+from layer_oracle import Row
 from torch import Tensor
 from transformers import (
     Qwen2_5_VLConfig,
@@ -91,7 +92,6 @@ PROMPTS: dict[str, Prompt] = {
     "video": [[5, 6, START], video(4, 3, 4, 8), [END, 7, 8]],
     "mixed": [[11, START], video(5, 2, 8, 4), [END, 12, START], image(6, 4, 8), [END, 13, 14]],
 }
-BATCHES = {name: [name] for name in ("one", "two", "video", "mixed")} | {"ragged": ["text", "one", "mixed", "two"]}
 
 
 @dataclass
@@ -188,27 +188,28 @@ def row_of(model: Any, prompt: Prompt, keep: int | Sequence[int] = 10**6) -> Row
     return Row([vectors[i] for i in left], visual, [laid.places[i] for i in left], [(0, len(left))], following)
 
 
-@torch.no_grad()
-def plain_logits(model: Any, row: Row) -> Tensor:
-    """Logits [length, vocabulary] of the unhooked decoder over the row, no cache, positions given."""
-    embeds, numbers = torch.stack(row.vectors)[None], torch.tensor(row.numbers).T[:, None]
-    more: dict[str, Any] = {}
-    if row.deep:
-        zero = torch.zeros_like(row.vectors[0])
-        features = [torch.stack([layer.get(i, zero) for i in range(len(row.vectors))]) for layer in row.deep]
-        more = {"visual_pos_masks": torch.ones(embeds.shape[:2]).bool(), "deepstack_visual_embeds": features}
-    ones = torch.ones(embeds.shape[:2], dtype=torch.long)
-    decoder = model.get_decoder()
-    out = decoder(inputs_embeds=embeds, position_ids=numbers, attention_mask=ones, use_cache=False, **more)
-    return model.lm_head(out.last_hidden_state)[0]
+@dataclass(frozen=True)
+class QwenFamily:
+    """One of the Qwen families as the conformance matrix wants it."""
+
+    name: str
+    model: Any
+    prompts: tuple[Prompt, ...] = tuple(PROMPTS.values())
+
+    def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        return inputs_of(self.name, prompts)
+
+    def columns(self, prompt: Prompt) -> list[list[int]]:
+        laid = lay(self.name, prompt)
+        return [[i for i, item in enumerate(laid.item) if item == number] for number in range(len(laid.items))]
+
+    def cells(self, prompt: Prompt) -> list[list[tuple[int, int, int]]]:
+        grids = [(frames, rows // 2, columns // 2) for frames, rows, columns in (i.grid for i in lay(self.name, prompt).items)]
+        return [list(itertools.product(*map(range, grid))) for grid in grids]
+
+    def row(self, prompt: Prompt, budgets: Sequence[int] | None = None, positions: str = "original") -> Row:
+        """Both policies leave every token its place."""
+        return row_of(self.model, prompt, 10**6 if budgets is None else budgets)
 
 
-def greedy(model: Any, row: Row, steps: int) -> tuple[list[int], list[Tensor]]:
-    """Greedy tokens and the logits each was chosen from, everything run again at every step."""
-    tokens: list[int] = []
-    logits: list[Tensor] = []
-    for _ in range(steps):
-        logits.append(plain_logits(model, row)[-1])
-        tokens.append(int(logits[-1].argmax()))
-        row = said(model, row, tokens[-1:])
-    return tokens, logits
+QWEN = {name: lambda attention, name=name: QwenFamily(name, tiny(name, attention)) for name in FAMILIES}

@@ -13,8 +13,8 @@ import layer_oracle
 import pytest
 import torch
 from conftest import tiny_llava
+from layer_oracle import plain_greedy as greedy_placed
 from mrope import PROMPTS, row_of, tiny
-from mrope import greedy as greedy_placed
 from mrope import inputs_of as placed_inputs
 from oracle import ProjectionPruner, greedy, inputs_of, prompt, shortened
 from torch import Tensor

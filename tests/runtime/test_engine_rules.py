@@ -12,6 +12,7 @@ from conftest import tiny_llava
 from oracle import ProjectionPruner, extend, greedy, inputs_of, plain_logits, prompt, shortened
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, LlavaForConditionalGeneration, MistralConfig, StaticCache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from codebook_prune import RandomPruner, UniformPruner, UserError
 from codebook_prune.pruners.base import Pruner
@@ -209,7 +210,8 @@ def refusals() -> dict[str, Any]:
 
     outside = filled()
     embeds = MODEL.get_input_embeddings()(ids)
-    mask = torch.ones_like(ids)
+    mask, encoded = torch.ones_like(ids), MODEL.get_image_features(pixels, return_dict=True)
+    alone = BaseModelOutputWithPooling(pooler_output=encoded.pooler_output)
     return {
         "labels": ("labels cannot be given", lambda: MODEL(**ONE, labels=ids)),
         "positional labels": ("labels cannot be", lambda: MODEL(ids, pixels, mask, None, None, None, None, None, ids)),
@@ -221,6 +223,10 @@ def refusals() -> dict[str, Any]:
             lambda: MODEL(**ONE, past_key_values=StaticCache(MODEL.config.get_text_config(), max_cache_len=64)),
         ),
         "chunks": ("prefill_chunk_size", lambda: MODEL.generate(**ONE, max_new_tokens=2, prefill_chunk_size=9)),
+        "encoder outputs in part": (
+            "no last_hidden_state.* pass all that the model's get_image_features returns",
+            lambda: MODEL(ids, attention_mask=mask, mm_encoder_outputs={"image": alone}),
+        ),
         "cache from outside": ("not filled inside", lambda: step(outside)),
         "rebuilt cache": ("not filled inside", lambda: step(rebuilt())),
         "cropped cache": ("cropped into its pruned prompt", lambda: step(cropped())),

@@ -29,6 +29,10 @@ class Encoder:
     has_cls: bool
 
 
+CUT = (
+    "these encoder outputs have no last_hidden_state, so nothing tells whether they are whole: pass all that the model's "
+    "get_image_features returns; a prefill in chunks (prefill_chunk_size), which cuts them, cannot be pruned"
+)
 NOT_WHOLE = "an image or video does not enter whole: a prefill in chunks (prefill_chunk_size) cannot be pruned"
 
 
@@ -83,8 +87,8 @@ class VLMAdapter(ABC):
             UserError: one does not enter whole, or its grid cannot be told from the call.
         """
         encoded = (entering.call.get("mm_encoder_outputs") or {}).values()
-        if any(out is not None and out.last_hidden_state is None for out in encoded):  # generate cuts it from those of a chunk
-            raise UserError(NOT_WHOLE)
+        if any(out is not None and out.last_hidden_state is None for out in encoded):
+            raise UserError(CUT)
         if len(self.visual_token_ids) == 1 or not bool((video := entering.ids == self.visual_token_ids[1]).any()):
             return [item for _, item in _items(entering, self.image_layout(entering))]
         found: list[tuple[int, Item]] = []
