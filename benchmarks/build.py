@@ -26,7 +26,8 @@ from transformers import LlamaConfig, LlavaForConditionalGeneration
 
 from benchmarks.build_ways import BatchedApart, GenerateEach, PlainProber, Spent
 from benchmarks.report import publish
-from codebook_builder.probe import AUTO_BUDGET, ImageScores, Prober, low_information
+from codebook_builder.probe import AUTO_BUDGET, Prober
+from codebook_builder.scores import ImageScores, low_information
 from codebook_prune import load_model
 from codebook_schemas import ProbeConfig
 from reference_vlm import CHECKPOINT

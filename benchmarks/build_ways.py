@@ -15,9 +15,9 @@ from torch import Tensor
 
 from codebook_builder.costs import DecoderCost
 from codebook_builder.divergence import divergence, top1_probability
-from codebook_builder.probe import ImageScores
 from codebook_builder.prompt import ablation_embedding, split_prompt
 from codebook_builder.sampling import sample_tokens
+from codebook_builder.scores import ImageScores
 from codebook_prune.adapters.loading import adapter_for
 from codebook_schemas import ProbeConfig
 

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.report import publish
-from codebook_builder.probe import ImageScores, Prober, low_information
+from codebook_builder.probe import Prober
+from codebook_builder.scores import ImageScores, low_information
 from codebook_prune import load_model
 from codebook_schemas import ProbeConfig
 from reference_vlm import CHECKPOINT

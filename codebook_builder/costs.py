@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -41,6 +41,48 @@ class Work:
     def mfu(self) -> float:
         """Model-FLOPs utilisation: FLOPs done of those possible."""
         return self.flops / max(1.0, self.possible)
+
+
+@dataclass
+class KindCount:
+    """Experiments of one kind: asked for = answered by running the model (`run`) + made needless by the cascade (`skipped`)."""
+
+    asked: int = 0
+    run: int = 0
+    skipped: int = 0
+
+    def add(self, asked: int, run: int) -> None:
+        """Count one image."""
+        self.asked += asked
+        self.run += run
+        self.skipped += asked - run
+
+
+@dataclass
+class ProbeCounters:
+    """What a prober has done so far.
+
+    `rows` are decoder rows actually computed: fewer than two a region experiment, because tokens at a border share their
+    window with a neighbour. `tokens` are decoder positions, cached ones not counted; `flops` what these cost.
+    `memory_splits`: batches halved because memory ran out. Seconds are wall clock, vision tower and connector apart from LLM.
+    """
+
+    images: int = 0
+    single: KindCount = field(default_factory=KindCount)
+    region: KindCount = field(default_factory=KindCount)
+    global_: KindCount = field(default_factory=KindCount)
+    rows: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+    memory_splits: int = 0
+    vision_seconds: float = 0.0
+    llm_seconds: float = 0.0
+
+    def work(self, peak: float) -> Work:
+        """All of it in short; `peak`: FLOP/s of the device."""
+        kinds = (self.single, self.region, self.global_)
+        asked, skipped = sum(k.asked for k in kinds), sum(k.skipped for k in kinds)
+        return Work(asked, skipped, self.tokens, self.flops, peak * self.llm_seconds)
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ import torch
 from PIL import Image
 
 from codebook_builder.costs import Work
-from codebook_builder.probe import ImageScores, Prober
+from codebook_builder.probe import Prober
 from codebook_builder.run import resolve
+from codebook_builder.scores import ImageScores, to_table
 from codebook_builder.shards import read_shard, scan
-from codebook_builder.worker import load_once, to_table
+from codebook_builder.worker import load_once
 from codebook_schemas import BuildConfig, UserError
 from codebook_schemas.inputs import InputManifest
 from codebook_schemas.object_store import place

@@ -9,90 +9,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from codebook_builder.costs import Work, measured_peak
+from codebook_builder.costs import ProbeCounters, Work, measured_peak
 from codebook_builder.divergence import Candidates, top1_probability
 from codebook_builder.forward import ReadOut, SharedPrefix, last_position_only
 from codebook_builder.prompt import SplitPrompt, ablation_embedding, split_prompt
 from codebook_builder.runs import ImageRuns, Runs, Table, grids, text_runs
 from codebook_builder.sampling import sample_tokens
+from codebook_builder.scores import Floats, ImageScores
 from codebook_prune.adapters.loading import adapter_for
 from codebook_schemas import ProbeConfig, UserError
 
-Floats = NDArray[np.float32]
 AUTO_BUDGET = {"cpu": 2048, "cuda": 16_384}
 """Positions in a batch for `tokens_per_batch: auto`: on a CPU activations should stay in its cache, a GPU wants large products.
 Fixed numbers, not measured ones: another batch size would change the last bits of scores from one worker to the next."""
-
-
-@dataclass(frozen=True)
-class ImageScores:
-    """One image's m probed visual tokens, ordered by token index.
-
-    token: [m] raster index in the image's grid; where it has several (crops, tiles), these one after the other. position:
-    [m, 2] (row, column) in the token's own grid. top1_prob, region_divergence, global_divergence: [m], the divergences NaN
-    where the cascade made them needless. cls_similarity: [m] cosine to the encoder's [CLS], None for encoders without one.
-    embeddings: [m, d] connector outputs.
-    """
-
-    key: str
-    token: NDArray[np.int32]
-    position: NDArray[np.int16]
-    top1_prob: Floats
-    region_divergence: Floats
-    global_divergence: Floats
-    cls_similarity: Floats | None
-    embeddings: Floats
-
-
-@dataclass
-class KindCount:
-    """Experiments of one kind: asked for = answered by running the model (`run`) + made needless by the cascade (`skipped`)."""
-
-    asked: int = 0
-    run: int = 0
-    skipped: int = 0
-
-    def add(self, asked: int, run: int) -> None:
-        """Count one image."""
-        self.asked += asked
-        self.run += run
-        self.skipped += asked - run
-
-
-@dataclass
-class ProbeCounters:
-    """What a prober has done so far.
-
-    `rows` are decoder rows actually computed: fewer than two a region experiment, because tokens at a border share their
-    window with a neighbour. `tokens` are decoder positions, cached ones not counted; `flops` what these cost (`costs`).
-    `memory_splits`: batches halved because memory ran out. Seconds are wall clock, vision tower and connector apart from LLM.
-    """
-
-    images: int = 0
-    single: KindCount = field(default_factory=KindCount)
-    region: KindCount = field(default_factory=KindCount)
-    global_: KindCount = field(default_factory=KindCount)
-    rows: int = 0
-    tokens: int = 0
-    flops: float = 0.0
-    memory_splits: int = 0
-    vision_seconds: float = 0.0
-    llm_seconds: float = 0.0
-
-    def work(self, peak: float) -> Work:
-        """All of it in short; `peak`: FLOP/s of the device."""
-        kinds = (self.single, self.region, self.global_)
-        asked, skipped = sum(k.asked for k in kinds), sum(k.skipped for k in kinds)
-        return Work(asked, skipped, self.tokens, self.flops, peak * self.llm_seconds)
 
 
 @dataclass
@@ -297,21 +234,3 @@ class Prober:
 def _floats(values: Tensor) -> Floats:
     found: Floats = values.float().cpu().numpy()
     return found
-
-
-def low_information(scores: ImageScores, thresholds: tuple[float, float], config: ProbeConfig) -> NDArray[np.bool_]:
-    """Which probed tokens carry little information: [m] bool (arXiv 2503.20540, equation for J in section 3.2).
-
-    top1_prob < t_p and region_weight * region + global_weight * global < t_j. A divergence the cascade skipped (NaN) means the
-    token was already known not to qualify. With and without cascade the set is the same, up to scores that float noise
-    (about 1e-6) moves across a threshold.
-
-    Args:
-        scores: one image's scores.
-        thresholds: (t_p, t_j), on the scale of `config.divergence`.
-        config: the weights.
-    """
-    influence = scores.region_divergence.astype(np.float64) * config.region_weight
-    influence = influence + scores.global_divergence.astype(np.float64) * config.global_weight
-    low: NDArray[np.bool_] = (scores.top1_prob < np.float64(thresholds[0])) & (influence < thresholds[1])
-    return low

@@ -12,30 +12,29 @@ from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pyarrow as pa
 import torch
 from PIL import Image
 
 from codebook_builder.commit import Encoder, Marker, PartWriter, Skipped, commit, read_marker
 from codebook_builder.costs import Work
 from codebook_builder.prefetch import prefetched
+from codebook_builder.scores import ImageScores, to_table
 from codebook_builder.shards import opened, read_samples
 from codebook_schemas import ProbeConfig, UserError
 from codebook_schemas.config import content_hash
 from codebook_schemas.files import sha256_of, sha256_of_handle
 from codebook_schemas.inputs import ShardEntry
 from codebook_schemas.object_store import Place, place
-from codebook_schemas.tables import probe_schema
 
 if TYPE_CHECKING:
-    from codebook_builder.probe import ImageScores, Prober
+    from codebook_builder.probe import Prober
     from codebook_builder.prompt import SplitPrompt
 
 IMAGES_PER_ROW_GROUP = 8
 """Images whose scores are written together. Fixed, so that a shard's part is the same bytes wherever it is made."""
 IMAGES_AHEAD = 8
 """Images decoded and processed ahead of the model."""
+NOT_FINITE = "the model gives NaN or infinite values: try probe.dtype float32"
 
 
 @dataclass(frozen=True)
@@ -240,51 +239,12 @@ def _probed(prober: Prober, samples: Samples, skipped: list[Skipped], seconds: d
                 continue
             with _timed(seconds, "probe"):
                 scores = prober.probe_prepared(prompt, key)
-            if _is_finite(scores, skipped):
+            if scores.is_finite:
                 group.append(scores)
+            else:
+                skipped.append(Skipped(key=key, reason=NOT_FINITE))
             if len(group) == IMAGES_PER_ROW_GROUP:
                 yield group
                 group = []
     if group:
         yield group
-
-
-def _is_finite(scores: ImageScores, skipped: list[Skipped]) -> bool:
-    """False, and listed as skipped, when the model answered with NaN or infinity (half precision overflows)."""
-    finite = bool(np.isfinite(scores.embeddings).all() and np.isfinite(scores.top1_prob).all())
-    if not finite:
-        skipped.append(Skipped(key=scores.key, reason="the model gives NaN or infinite values: try probe.dtype float32"))
-    return finite
-
-
-def to_table(scores: Sequence[ImageScores], shard: str, dimension: int) -> pa.Table:
-    """Rows of `probe_schema` for the scores of some images; NaN divergences become null."""
-    schema = probe_schema(dimension)
-    counts = [len(s.token) for s in scores]
-
-    def joined(name: str, shape: tuple[int, ...] = ()) -> Any:
-        return np.concatenate([getattr(s, name) for s in scores] or [np.empty((0, *shape), np.float32)])
-
-    def nullable(name: str) -> pa.Array:
-        values = [
-            np.full(n, np.nan, np.float32) if getattr(s, name) is None else getattr(s, name)
-            for s, n in zip(scores, counts, strict=True)
-        ]
-        return pa.array(np.concatenate(values or [np.empty(0, np.float32)]), pa.float32(), from_pandas=True)
-
-    position = joined("position", (2,))
-    keys = pa.array([s.key for s, n in zip(scores, counts, strict=True) for _ in range(n)], pa.string())
-    flat = pa.array(np.ascontiguousarray(joined("embeddings", (dimension,)), np.float32).reshape(-1))
-    columns = [
-        pa.array([shard] * sum(counts), pa.string()),
-        keys,
-        pa.array(joined("token").astype(np.int32)),
-        pa.array(np.ascontiguousarray(position[:, 0], np.int16)),
-        pa.array(np.ascontiguousarray(position[:, 1], np.int16)),
-        pa.array(joined("top1_prob").astype(np.float32)),
-        nullable("region_divergence"),
-        nullable("global_divergence"),
-        nullable("cls_similarity"),
-        pa.FixedSizeListArray.from_arrays(flat, dimension),
-    ]
-    return pa.Table.from_arrays([c.cast(f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from codebook_builder.probe import ImageScores
+from codebook_builder.scores import ImageScores, to_table
 from codebook_builder.shards import write_shard
-from codebook_builder.worker import to_table
 from codebook_schemas import BuildConfig
 from reference_vlm import CHECKPOINT
 from reference_vlm.scenes import make_scene, render

@@ -23,7 +23,6 @@ from processes import descendants, end
 from codebook_builder import worker
 from codebook_builder.artefact import digest, verify
 from codebook_builder.build import Build, QuarantinedError, Report
-from codebook_builder.commit import Skipped
 from codebook_builder.publish import reselect
 from codebook_builder.run import RunFolder
 from codebook_builder.shards import scan
@@ -239,10 +238,9 @@ def test_a_shard_of_bad_images_only_is_an_empty_part(tmp_path: Path) -> None:
 
 def test_not_a_number_is_a_bad_sample() -> None:
     scores = image_scores("k", 4, 0)
-    skipped: list[Skipped] = []
+    assert scores.is_finite
     scores.embeddings[0, 0] = np.nan
-    assert not worker._is_finite(scores, skipped)
-    assert [s.key for s in skipped] == ["k"]
+    assert not scores.is_finite
 
 
 def command(config: Path, *options: str) -> list[str]:

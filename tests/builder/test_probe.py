@@ -20,9 +20,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
 from codebook_builder.forward import SharedPrefix
-from codebook_builder.probe import ImageScores, Prober, low_information
+from codebook_builder.probe import Prober
 from codebook_builder.prompt import ablation_embedding
 from codebook_builder.runs import grid_cells, window_corners
+from codebook_builder.scores import ImageScores, low_information
 from codebook_schemas import ProbeConfig, UserError
 from reference_vlm.scenes import make_scene, render
 

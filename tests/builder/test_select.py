@@ -11,8 +11,8 @@ import pytest
 from building import DIMENSION, image_scores, score_table
 from test_clustering import direct
 
+from codebook_builder.scores import to_table
 from codebook_builder.select import Rule, select, spherical_mean
-from codebook_builder.worker import to_table
 from codebook_schemas import SelectionConfig, UserError
 
 RULE = Rule(top1_prob=0.6, influence=1.2, region_weight=1.0, global_weight=16.0)
