@@ -32,6 +32,17 @@ def cosine_distances(images: Tensor, centered: bool = False) -> Tensor:
     return torch.baddbmm(units.new_ones(()), units, units.mT, alpha=-1).float()
 
 
+def grid_distances(positions: Tensor) -> Tensor:
+    """Euclidean distance of every pair of cells of a grid whose longer side is 1: [images, n, n] float32.
+
+    Args:
+        positions: [images, n, 2] long, (row, column).
+    """
+    sides = positions.flatten(1).amax(1).add_(1).view(-1, 1, 1)
+    places = positions / sides
+    return torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 def farthest_first(distances: Tensor, first: Tensor, count: int) -> Tensor:
     """Greedy max-min (k-center): add the token whose smallest distance to those chosen is largest, until there are `count`.
 

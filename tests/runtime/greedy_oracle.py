@@ -37,7 +37,10 @@ def codebook_diversity(
     vectors: Sequence[Vector],
     prototypes: Sequence[Vector],
     keep: int,
-    strength: float = 0.5,
+    cells: Sequence[tuple[int, int]],
+    *,
+    strength: float = 0.25,
+    spread: float = 0.8,
     top_k: int = 1,
     remove_above: float | None = None,
     centring: bool = True,
@@ -45,6 +48,11 @@ def codebook_diversity(
     """Tokens in the order they are chosen."""
     redundancy = [sum(sorted(cosine(v, p) for p in prototypes)[-top_k:]) / top_k for v in vectors]
     places = centered(vectors) if centring else vectors
+    side = max(max(cell) for cell in cells) + 1
+
+    def apart(i: int, j: int) -> float:
+        return 1 - cosine(places[i], places[j]) + spread * math.dist(cells[i], cells[j]) / side
+
     chosen: list[int] = []
     while len(chosen) < keep:
         values = {}
@@ -54,7 +62,7 @@ def codebook_diversity(
             elif not chosen:
                 values[i] = -redundancy[i]
             else:
-                values[i] = (1 - redundancy[i]) ** strength * min(1 - cosine(places[i], places[j]) for j in chosen)
+                values[i] = (1 - redundancy[i]) ** strength * min(apart(i, j) for j in chosen)
         chosen.append(first_best(values))
     return chosen
 

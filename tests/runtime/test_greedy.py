@@ -89,17 +89,28 @@ def test_codebook_diversity_by_hand(tmp_path: Path) -> None:
     at 0; weight times distance from it: 10: 1.985 * .015, 90: 1 * 1, 170: .015 * 1.985, 180: 0 * 2. So 90 is next; then
     10 with .030 is ahead of 170 with .015 * .826 = .013."""
     book, tokens = codebook_of(tmp_path, torch.tensor([[-3.0, 0.0]])), at_angles([0, 10, 90, 170, 180])
-    plain = {"centered": False}
+    plain = {"centered": False, "spread": 0}
     chosen = [kept(CodebookDiversityPruner(book, keep_tokens=k, strength=1, **plain), tokens) for k in (1, 2, 3, 4)]
     assert chosen == [[0], [0, 2], [0, 1, 2], [0, 1, 2, 3]]
-    # weighed by the square root, the default: 10 comes to .021 and 170 to .122 * .826 = .101
-    assert kept(CodebookDiversityPruner(book, keep_tokens=3, **plain), tokens) == [0, 2, 3]
+    # weighed by the square root: 10 comes to .021 and 170 to .122 * .826 = .101
+    assert kept(CodebookDiversityPruner(book, keep_tokens=3, strength=0.5, **plain), tokens) == [0, 2, 3]
     # diversity alone: from 0 the farthest is 180, then 90
     alone = [kept(CodebookDiversityPruner(book, keep_tokens=k, strength=0, **plain), tokens) for k in (2, 3)]
     assert alone == [[0, 4], [0, 2, 4]]
     # what the codebook recognises goes first (90 to 180), and is all that is left for the last two, the least redundant first
     removing = [kept(CodebookDiversityPruner(book, keep_tokens=k, remove_above=-0.5, **plain), tokens) for k in (2, 3, 4)]
     assert removing == [[0, 1], [0, 1, 2], [0, 1, 2, 3]]
+
+
+def test_equal_tokens_far_apart_are_kept_before_near_ones(tmp_path: Path) -> None:
+    """Three in a row show the same, a fourth something else: by embeddings alone 1 (the first of equals) follows 0 and 3;
+    with the distance in the picture the twin farthest from both does."""
+    vectors = torch.eye(9)[[0, 0, 0, 1]]
+    cells = torch.tensor([[0, 0], [0, 1], [0, 5], [3, 0]])
+    tokens = VisualTokens(vectors, torch.zeros(4).long(), cells)
+    book = codebook_of(tmp_path, -torch.eye(9)[:1])
+    assert kept(CodebookDiversityPruner(book, keep_tokens=3, spread=0), tokens) == [0, 1, 3]
+    assert kept(CodebookDiversityPruner(book, keep_tokens=3, spread=0.8), tokens) == [0, 2, 3]
 
 
 @pytest.mark.parametrize("keep", [1, 11, 29])
@@ -109,6 +120,8 @@ def test_codebook_diversity_by_hand(tmp_path: Path) -> None:
         {},
         {"strength": 1.0},
         {"strength": 2.5},
+        {"spread": 0},
+        {"spread": 3.0},
         {"strength": 0, "centered": False},
         {"top_k": 3},
         {"remove_above": 0.3},
@@ -120,8 +133,10 @@ def test_codebook_diversity_equals_the_loop(fields: dict[str, Any], keep: int, t
         vectors, prototypes = noise(30, seed), noise(5, seed + 10)
         pruner = CodebookDiversityPruner(codebook_of(tmp_path / str(seed), prototypes), keep_tokens=keep, **fields)
         options = {"centring" if key == "centered" else key: value for key, value in fields.items()}
-        expected = by_hand.codebook_diversity(vectors.double().tolist(), prototypes.double().tolist(), keep, **options)
-        assert kept(pruner, tokens_of(vectors)) == sorted(expected)
+        tokens = tokens_of(vectors)
+        cells = [(int(row), int(column)) for row, column in tokens.position]
+        expected = by_hand.codebook_diversity(vectors.double().tolist(), prototypes.double().tolist(), keep, cells, **options)
+        assert kept(pruner, tokens) == sorted(expected)
 
 
 def test_cdpruner_by_hand() -> None:
@@ -210,7 +225,8 @@ def test_a_threshold_needs_scores() -> None:
     ("message", "fields"),
     [
         ("has no score", {"threshold": 0.5}), ("remove_above is a cosine", {"remove_above": float("nan")}),
-        ("strength must be", {"strength": -1.0}), ("top_k must be between 1 and the codebook's 5", {"top_k": 6}),
+        ("strength must be", {"strength": -1.0}), ("spread must be", {"spread": float("inf")}),
+        ("top_k must be between 1 and the codebook's 5", {"top_k": 6}),
     ],
 )  # fmt: skip
 def test_bad_fields_are_refused(message: str, fields: dict[str, Any], tmp_path: Path) -> None:

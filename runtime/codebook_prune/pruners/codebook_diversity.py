@@ -11,7 +11,7 @@ from torch import Tensor
 
 from codebook_prune.adapters.base import VLMAdapter
 from codebook_prune.codebook import Codebook
-from codebook_prune.diversity import cosine_distances, farthest_first
+from codebook_prune.diversity import cosine_distances, farthest_first, grid_distances
 from codebook_prune.pruners.base import Positions, Pruner
 from codebook_prune.visual_tokens import VisualTokens
 from codebook_schemas import UserError
@@ -23,14 +23,16 @@ class CodebookDiversityPruner(Pruner):
 
     Ranking by redundancy alone keeps near-duplicates and loses coverage. Here the least redundant token is kept first, then
     always the one with the largest (1 - redundancy) ** strength * its distance to the nearest kept token: greedy max-min
-    (k-center) on 1 - cosine of the embeddings, centred on their image's mean. No question and no attention: the same image
-    keeps the same tokens for every question. Memory: n x n floats an image, beside tokens x prototypes.
+    (k-center). The distance is 1 - cosine of the embeddings, centred on their image's mean, plus `spread` times the distance
+    in the picture, so that equal objects in different places are all kept. No question and no attention: the same image keeps
+    the same tokens for every question. Memory: n x n floats an image, beside tokens x prototypes.
 
     Args:
         codebook: of this model.
         remove_above: tokens with a redundancy above this are kept only when nothing else is left, the least redundant
             first. None: the weight alone holds them back.
         strength: how much redundancy weighs; 0 is diversity alone, started at the least redundant token.
+        spread: weight of the distance in the picture, whose longer side is 1; 0 is the embeddings alone.
         top_k: redundancy is the mean of this many largest cosines to prototypes.
         centered: subtract the mean of an image's embeddings before they are compared with each other.
         positions: "original" by default: every method lost less with it where that was measured (docs/accuracy.md).
@@ -41,7 +43,8 @@ class CodebookDiversityPruner(Pruner):
 
     codebook: Codebook
     remove_above: float | None = field(default=None, kw_only=True)
-    strength: float = field(default=0.5, kw_only=True)
+    strength: float = field(default=0.25, kw_only=True)
+    spread: float = field(default=0.8, kw_only=True)
     top_k: int = field(default=1, kw_only=True)
     centered: bool = field(default=True, kw_only=True)
     positions: Positions = field(default="original", kw_only=True)
@@ -50,8 +53,9 @@ class CodebookDiversityPruner(Pruner):
         super().__post_init__()
         if self.remove_above is not None and not math.isfinite(self.remove_above):
             raise UserError(f"remove_above is a cosine, not {self.remove_above!r}")
-        if not 0 <= self.strength < math.inf:
-            raise UserError(f"strength must be a finite number >= 0, not {self.strength!r}")
+        for name in ("strength", "spread"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise UserError(f"{name} must be a finite number >= 0, not {value!r}")
         if not 1 <= self.top_k <= len(self.codebook):
             raise UserError(f"top_k must be between 1 and the codebook's {len(self.codebook)} prototypes, not {self.top_k!r}")
 
@@ -64,6 +68,8 @@ class CodebookDiversityPruner(Pruner):
         vectors = torch.stack([tokens.embeddings for tokens in images])
         redundancy = self.codebook.similarity(vectors.flatten(0, 1), self.top_k).view(len(images), -1)
         distances = cosine_distances(vectors, self.centered)
+        if self.spread:
+            distances += self.spread * grid_distances(torch.stack([tokens.position for tokens in images]))
         distances *= (1 - redundancy).clamp_(min=0).pow_(self.strength).unsqueeze(1)
         if self.remove_above is not None:  # below every distance, the more redundant the lower
             recognised = (redundancy > self.remove_above).unsqueeze(1)
