@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from codebook_builder.costs import DecoderCost, behind_attention
+from codebook_builder.memory import ran_out
 from codebook_builder.runs import Runs, Table
 from codebook_prune.adapters.base import VLMAdapter
 from codebook_schemas import UserError
-
-MEMORY_ERRORS = ("out of memory", "can't allocate memory")
 
 
 class SharedPrefix:
@@ -134,7 +133,7 @@ class ReadOut:
             try:
                 found = self._forward(prefix, length, table, runs)
             except RuntimeError as error:
-                if len(runs.index) == 1 or not any(text in str(error).lower() for text in MEMORY_ERRORS):
+                if len(runs.index) == 1 or not ran_out(error):
                     raise
             else:
                 yield slice(first, first + len(runs.index)), found

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import struct
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch
 from PIL import Image
 
 from codebook_builder.costs import Work
+from codebook_builder.memory import check_fits, free_memory, gib, keep_freed_memory, peak_resident
 from codebook_builder.probe import Prober
 from codebook_builder.run import resolve
 from codebook_builder.scores import ImageScores, to_table
@@ -58,14 +57,14 @@ class Plan:
 
     def lines(self) -> dict[str, str]:
         """The same for people."""
-        free = "unknown" if self.free_bytes is None else _gib(self.free_bytes)
+        free = "unknown" if self.free_bytes is None else gib(self.free_bytes)
         return {
             "images": f"{self.images}, {self.calibration_images} also for calibration ({self.measured_images} measured)",
             "experiments": f"{self.experiments}, {self.skip_rate:.0%} of them skipped by the cascade",
             "decoder tokens": f"{self.decoder_tokens:.3g}",
             "FLOPs": f"{self.flops:.3g}, MFU {self.mfu:.0%}",
             "time": f"{self.seconds:.0f} s with {self.workers} workers ({self.images_per_s:.3g} images/s each)",
-            "memory": f"{_gib(self.worker_bytes)} a worker, {free} free",
+            "memory": f"{gib(self.worker_bytes)} a worker, {free} free",
         }
 
 
@@ -86,12 +85,13 @@ def plan(config: BuildConfig, images: int = 2) -> Plan:
     loaded = load_once(config.model, config.revision, config.probe.dtype, device)
     loading = time.perf_counter() - started
     torch.set_num_threads(config.cluster.threads_per_worker)
+    keep_freed_memory()
     limits, full = _calibrate(config, loaded, pictures, keys)
     _, each = _measure(Prober(*loaded, config.probe, limits, seed=config.seed), pictures, keys)
     calibration = 0 if config.thresholds.is_resolved else min(total, config.thresholds.calibration_images)
     both = full.times(calibration / len(keys)) + each.times(total / len(keys))
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _peak_resident()
-    check_fits(peak * workers, free, f"{workers} worker(s) of {_gib(peak)}")
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident()
+    check_fits(peak * workers, free, f"{workers} worker(s) of {gib(peak)}")
     return Plan(
         images=total,
         calibration_images=calibration,
@@ -166,37 +166,3 @@ def weight_bytes(config: BuildConfig) -> int:
         except (OSError, struct.error, ValueError, KeyError, TypeError):
             return 0  # not ours to judge: loading says what is wrong with it
     return total * BYTES[config.probe.dtype]
-
-
-def free_memory() -> int | None:
-    """Bytes this machine (or the container this runs in) can still give; None where that cannot be told."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
-    group = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError):  # no limit reads "max"
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return max(0, free)
-
-
-def check_fits(wanted: int, free: int | None, what: str) -> None:
-    """Refuse what cannot fit.
-
-    Raises:
-        UserError: says what is wanted and what there is.
-    """
-    if free is not None and wanted > free:
-        raise UserError(
-            f"not enough memory: {what} need {_gib(wanted)}, {_gib(free)} are free: "
-            "lower cluster.workers, or choose probe.dtype bfloat16 or a smaller probe.tokens_per_batch"
-        )
-
-
-def _peak_resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"

@@ -17,6 +17,7 @@ from PIL import Image
 
 from codebook_builder.commit import Encoder, Marker, PartWriter, Skipped, commit, read_marker
 from codebook_builder.costs import Work
+from codebook_builder.memory import keep_freed_memory
 from codebook_builder.prefetch import prefetched
 from codebook_builder.scores import ImageScores, to_table
 from codebook_builder.shards import opened, read_samples
@@ -145,6 +146,7 @@ def _prober(spec: ProbeSpec) -> tuple[Any, Encoder]:
     from codebook_prune.adapters.loading import adapter_for
 
     torch.set_num_threads(spec.threads)
+    keep_freed_memory()
     model, processor = load_once(spec.model, spec.revision, spec.probe.dtype, spec.device)
     adapter = adapter_for(model)
     found = adapter.fingerprint()
