@@ -238,13 +238,18 @@ def plain_greedy(model: Any, row: Row, steps: int) -> tuple[list[int], list[Tens
 
 def ranked(moment: Moment, attention: Attention, candidates: list[int], pool: str) -> list[int]:
     """Candidates from the most to the least attended by the last prompt token; mean or max over heads; the earlier first."""
+    score = scores(moment, attention, candidates, pool)
+    return sorted(candidates, key=lambda i: (-score[i], i))
+
+
+def scores(moment: Moment, attention: Attention, candidates: list[int], pool: str) -> dict[int, float]:
     columns, rows = attention
     last = columns.index(moment.last)
     score = {}
     for i in candidates:
         values = [head[last][columns.index(i)] for head in rows]
         score[i] = max(values) if pool == "max" else sum(values) / len(values)
-    return sorted(candidates, key=lambda i: (-score[i], i))
+    return score
 
 
 def seen_by_all(moment: Moment, candidates: list[int], asking: list[int]) -> list[int]:
@@ -261,6 +266,16 @@ def fastv(layer: int, keep: Callable[[int], int]) -> Rule:
     def gone(depth: int, moment: Moment) -> set[int]:
         images = [i for i in moment.alive if moment.visual[i]]
         return set(ranked(moment, moment.previous, images, "mean")[keep(len(images)) :])
+
+    return Rule((layer,), gone, compact=False)
+
+
+def fastv_threshold(layer: int, threshold: float) -> Rule:
+    def gone(depth: int, moment: Moment) -> set[int]:
+        images = [i for i in moment.alive if moment.visual[i]]
+        score = scores(moment, moment.previous, images, "mean")
+        most = max(score.values(), default=0)
+        return {i for i in images if 1 - score[i] / most >= threshold and i != max(images, key=score.__getitem__)}
 
     return Rule((layer,), gone, compact=False)
 

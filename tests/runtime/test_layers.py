@@ -24,6 +24,8 @@ HALF = (1, 3, 4)
 METHODS: dict[str, tuple[Any, list[by_hand.Rule]]] = {
     "fastv": (FastVPruner(layer=2, keep_tokens=5), [by_hand.fastv(2, lambda n: min(n, 5))]),
     "fastv-ratio": (FastVPruner(layer=3, keep_ratio=0.25), [by_hand.fastv(3, lambda n: n // 4)]),
+    "fastv-threshold": (FastVPruner(layer=2, threshold=0.8), [by_hand.fastv_threshold(2, 0.8)]),
+    "fastv-one-left": (FastVPruner(layer=2, threshold=-1), [by_hand.fastv_threshold(2, -1)]),
     "pyramid": (PyramidPruner(), [by_hand.pyramid(HALF, 0.5, "code", "code", True)]),
     "pyramid-paper": (
         PyramidPruner(ratio=0.6, rank="paper", rounding="paper", layers=(2, 4)),

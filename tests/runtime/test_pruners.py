@@ -105,6 +105,15 @@ def test_a_budget_is_met(method: str, budget: dict[str, Any], kept: int, tmp_pat
     assert (mask.shape, mask.dtype, int(mask.sum())) == ((144,), torch.bool, kept)
 
 
+@pytest.mark.parametrize("method", ["random", "uniform"])
+def test_a_threshold_keeps_about_its_share_of_the_controls(method: str, tmp_path: Path) -> None:
+    """Also on a grid whose sides divide the threshold matrix."""
+    for tokens in (tokens_of(), tokens_of(256, columns=16)):
+        kept = [PRUNERS[method](tmp_path)(threshold=t).keep(tokens) for t in (0.25, 0.5, 0.75, 1.0)]
+        shares = [float(mask.float().mean()) for mask in kept if mask is not None]
+        assert shares == pytest.approx([0.25, 0.5, 0.75, 1.0], abs=0.0 if method == "uniform" else 0.1)
+
+
 @each_method
 @pytest.mark.parametrize("positions", ["compact", "original"])
 def test_the_model_sees_what_is_kept_and_nothing_else(method: str, positions: str, tmp_path: Path) -> None:

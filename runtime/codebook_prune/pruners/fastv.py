@@ -25,6 +25,8 @@ class FastVPruner(LayerPruner):
         layer: the first layer that sees fewer tokens (the paper's K).
         keep_ratio: fraction of a prompt's visual tokens that stays (1 - the paper's R).
         keep_tokens: or their number.
+        threshold: or those stay whose redundancy is lower: 1 - their score / the largest of the prompt's visual tokens, which
+            does not depend on the prompt's length as a share of all attention would.
 
     Raises:
         UserError: no budget or two, or a layer the decoder does not have.
@@ -33,6 +35,7 @@ class FastVPruner(LayerPruner):
     layer: int = 2
     keep_ratio: float | None = None
     keep_tokens: int | None = None
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,8 +47,8 @@ class FastVPruner(LayerPruner):
 
     @property
     def budget(self) -> Budget:
-        """The two budget fields, checked."""
-        return Budget(keep_tokens=self.keep_tokens, keep_ratio=self.keep_ratio)
+        """The budget fields, checked."""
+        return Budget(keep_tokens=self.keep_tokens, keep_ratio=self.keep_ratio, threshold=self.threshold)
 
     def plan(self, layers: int) -> Mapping[int, Attention]:
         """In front of `layer`, by the previous one."""
@@ -57,6 +60,10 @@ class FastVPruner(LayerPruner):
 
     def keep(self, view: LayerView) -> Tensor:
         """The highest of each prompt's visual tokens, and all text."""
-        counts = [self.budget.count(n) for n in view.visual.sum(1).tolist()]
-        best = highest(view.last_row.mean(1), view.visual, view.entered.new_tensor(counts))
+        score = view.last_row.mean(1)
+        counts = [min(n, 1) if self.threshold is not None else self.budget.count(n) for n in view.visual.sum(1).tolist()]
+        best = highest(score, view.visual, view.entered.new_tensor(counts))
+        if self.threshold is not None:
+            largest = score.masked_fill(~view.visual, 0).amax(1, keepdim=True)
+            best |= largest - score < self.threshold * largest
         return best | ~view.visual
