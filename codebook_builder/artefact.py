@@ -325,7 +325,7 @@ def collect_garbage(folder: Path, grace_seconds: float) -> list[Place]:
     """
     known = CodebookManifest.read(folder).files
     patterns = ("prototypes-*.safetensors", "prototypes-*.parquet", "index/shard-*.faiss", ".*.tmp", "index/.*.tmp")
-    found = (path for pattern in patterns for path in folder.glob(pattern))
+    found = (path for pattern in patterns for path in folder.glob(pattern) if path.resolve().is_relative_to(folder.resolve()))
     return delete_old([path for path in found if path.relative_to(folder).as_posix() not in known], grace_seconds)
 
 

@@ -183,14 +183,12 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
     if looks_local(text) or path.exists():
         raise UserError(f"no codebook at {name}: it is neither a folder nor a Hub id (owner/name)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     offline = not hub_answers(text, revision, "codebook", "manifest.json")
     try:
         return Path(snapshot_download(text, revision=revision, allow_patterns=ALLOW_PATTERNS, local_files_only=offline))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot fetch codebook {name} from the Hub: {reason}") from None
+    except Exception as error:  # besides HTTP and disk: names that lead elsewhere, and whatever odd answers bring about
+        raise UserError(f"cannot fetch codebook {name} from the Hub: {one_line(error) or type(error).__name__}") from None
 
 
 def check_tensors(tensors: dict[str, Tensor], dimension: int, source: str) -> None:

@@ -148,6 +148,8 @@ class CodebookManifest(Strict):
         """
         for name in names if names is not None else sorted(self.files):
             path, entry = folder / name, self.files[name]
+            if isinstance(folder, Path) and (folder / name).parent.resolve() != (folder.resolve() / name).parent:
+                raise UserError(f"codebook {folder} is damaged: {name} lies behind a link to another folder")
             if not path.is_file():
                 raise UserError(f"codebook {folder} is incomplete: {name} is missing")
             size = path.stat().st_size

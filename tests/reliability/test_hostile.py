@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks import hostile
+from codebook_builder import artefact
+from codebook_builder.artefact import Origin, Prototypes
 from codebook_builder.commit import Encoder, Marker, marker_path, read_marker
 from codebook_prune.codebook import Codebook
 from codebook_prune.index import ShardedIndex
@@ -92,6 +95,27 @@ def test_no_name_leads_out_of_the_folder(book: Path, tmp_path: Path, name: str) 
     with pytest.raises(UserError) as caught:
         Codebook.from_pretrained(folder)
     assert one_line(caught.value, 2000) == str(caught.value)
+
+
+def test_no_folder_of_a_copy_is_somewhere_else(book: Path, tmp_path: Path) -> None:
+    """An index/ that links to another folder: nothing there is read, written or deleted."""
+    folder = copy(book, tmp_path / "book")
+    (folder / "index").rename(tmp_path / "elsewhere")
+    (folder / "index").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "shard-99999.faiss").write_bytes(b"of someone else")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    manifest = CodebookManifest.read(folder)
+    origin = Origin(model=manifest.model, thresholds=manifest.thresholds, counts={})
+    new = Prototypes(torch.ones(1, hostile.DIMENSION), torch.ones(1, dtype=torch.int32), torch.ones(1, dtype=torch.int32), None)
+    for use in (
+        lambda: ShardedIndex(folder, manifest), lambda: artefact.verify(folder),
+        lambda: artefact.extend(folder, new, origin, 4),
+        lambda: Codebook.from_pretrained(folder).save_pretrained(tmp_path / "x"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match="lies behind a link to another folder"):
+            use()
+    assert artefact.collect_garbage(folder, -5) == []
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
 def test_a_pipe_for_a_manifest_does_not_block(tmp_path: Path) -> None:

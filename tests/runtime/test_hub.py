@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import socket
 import subprocess
@@ -11,6 +13,8 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -49,6 +53,93 @@ def empty_hub() -> Iterator[str]:
 def silent_hub() -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections and never answers
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+LISTINGS: dict[str, list[object]] = {
+    "plain": [],
+    "up": ["../../../../up.safetensors"],
+    "absolute": ["/tmp/canary/absolute.safetensors"],
+    "through": ["index/../../../../../through.faiss"],
+    "backslash": ["..\\..\\backslash.safetensors"],
+    "inside": ["manifest.json/x.parquet"],
+    "nul": ["a\0.parquet"],
+    "long": ["x" * 300 + ".safetensors"],
+    "odd": [7, None],
+}
+CANARY = b"a canary of no use"
+
+
+class Stranger(BaseHTTPRequestHandler):
+    """A Hub whose `someone/<name>` lists the files of a sound codebook and the names of LISTINGS; those hold canaries."""
+
+    files: ClassVar[dict[object, bytes]]
+
+    def do_GET(self) -> None:
+        path = unquote(self.path)
+        book = path.partition("/someone/")[2].partition("/")[0]
+        names = [*self.files, *LISTINGS.get(book, [])]
+        if "/tree/" in path:
+            entries = [{"type": "file", "path": n, "size": len(self.files.get(n, CANARY)), "oid": "b" * 40} for n in names]
+            body = json.dumps(entries).encode()
+        elif path.startswith("/api/"):
+            body = json.dumps(
+                {"id": f"someone/{book}", "sha": "a" * 40, "siblings": [{"rfilename": n} for n in names]}
+            ).encode()
+        else:
+            body = self.files.get(path.rpartition("/")[2], CANARY)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "a" * 40)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+LOADING = """
+import json, sys
+from codebook_prune import Codebook, UserError
+found = {}
+for name in sys.argv[1:]:
+    try:
+        found[name] = len(Codebook.from_pretrained(f"someone/{name}"))
+    except UserError as error:
+        found[name] = str(error)
+print(json.dumps(found))
+"""
+
+
+def test_no_name_that_a_hub_lists_leads_out_of_its_cache(tmp_path: Path) -> None:
+    book = write_codebook(tmp_path / "book", tiny_llava(), torch.randn(5, 64))
+    Stranger.files = {p.name: p.read_bytes() for p in book.iterdir()}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Stranger)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    variables = os.environ | {
+        "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-c", LOADING, *LISTINGS]
+    done = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["plain"] == 5
+    for name in ("up", "absolute", "through", "backslash", "odd"):
+        assert found[name].startswith(f"cannot fetch codebook someone/{name} from the Hub: "), found[name]
+    for name, value in found.items():
+        assert value == 5 or (value.isprintable() and len(value) < 500), name
+    assert {p.name for p in tmp_path.iterdir()} == {"book", "home"}
+    canaries = [p for p in tmp_path.rglob("*") if p.is_file() and p.read_bytes() == CANARY]
+    assert canaries
+    assert all(p.is_relative_to(tmp_path / "home/hub") and p.resolve().parent.name == "blobs" for p in canaries)
+    assert not Path("/tmp/canary").exists()
 
 
 @pytest.fixture
