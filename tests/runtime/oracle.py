@@ -47,6 +47,16 @@ def inputs_of(prompts: list[Prompt]) -> dict[str, Any]:
     return {k: v for k, v in encoded.items() if k in ("input_ids", "attention_mask", "pixel_values")}
 
 
+def turned(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same, padded on the right."""
+    spare = [len(row) - int(row.sum()) for row in inputs["attention_mask"]]
+    rolled = {
+        name: torch.stack([row.roll(-n) for row, n in zip(inputs[name], spare, strict=True)])
+        for name in ("input_ids", "attention_mask")
+    }
+    return inputs | rolled
+
+
 @torch.no_grad()
 def shortened(
     model: Any, p: Prompt, keep: int | Sequence[int], positions: str, score: Any = None, merge: Any = None

@@ -80,6 +80,18 @@ def test_every_decode_step_equals_the_reference(model: Any, prompts: list[Prompt
 
 @each_model
 @each_policy
+@torch.no_grad()
+def test_rows_may_be_padded_on_the_right(model: Any, positions: Any) -> None:
+    prompts = BATCHES["ragged"]
+    with ProjectionPruner(keep_tokens=KEEP, positions=positions)(model):
+        logits = model(**turned(inputs_of(prompts))).logits
+    for got, p in zip(logits, prompts, strict=True):
+        embeds, numbers, _ = shortened(model, p, KEEP, positions)
+        assert close(got[-embeds.shape[1] :], plain_logits(model, embeds, numbers))
+
+
+@each_model
+@each_policy
 def test_a_batch_without_mask_drops_to_ragged_rows(model: Any, positions: Any) -> None:
     prompts = [prompt(1, 1), prompt(4, 1)]
     inputs = inputs_of(prompts)

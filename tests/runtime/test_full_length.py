@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import tiny_llava
 from layer_oracle import Frozen, fastv, row_of, run
-from oracle import ProjectionPruner, Prompt, inputs_of, prompt
+from oracle import ProjectionPruner, Prompt, inputs_of, prompt, turned
 from torch import Tensor
 
 from codebook_prune import FastVPruner, PyramidPruner, UserError
@@ -29,9 +29,7 @@ def padded(side: str) -> dict[str, Any]:
     """The prompts with labels: random ones for text, none for images, instructions and padding."""
     inputs = inputs_of(PROMPTS)
     if side == "right":
-        turned = [len(row) - int(row.sum()) for row in inputs["attention_mask"]]
-        for name in ("input_ids", "attention_mask"):
-            inputs[name] = torch.stack([row.roll(-n) for row, n in zip(inputs[name], turned, strict=True)])
+        inputs = turned(inputs)
     ids = inputs["input_ids"]
     random = torch.randint(5, 90, ids.shape, generator=torch.Generator().manual_seed(1))
     text = (ids != IMAGE) & inputs["attention_mask"].bool()

@@ -10,7 +10,7 @@ import layer_oracle as by_hand
 import pytest
 import torch
 from conftest import noise_image, tiny_llava
-from oracle import Prompt, inputs_of, prompt
+from oracle import Prompt, inputs_of, prompt, turned
 from test_engine_rules import same, trace
 from test_layers import DEPTH, HALF, METHODS, MODELS, STEPS, close, each_method, each_model, generate
 from torch import Tensor
@@ -103,6 +103,20 @@ def test_beams_are_scored_as_by_hand(method: str) -> None:
 
 
 @each_method
+def test_samples_are_drawn_from_what_is_by_hand(method: str) -> None:
+    pruner, rules = METHODS[method]
+    torch.manual_seed(3)
+    with pruner(MODEL):
+        out = generate(MODEL, ONE, do_sample=True, top_k=0)
+    row, frozen = by_hand.row_of(MODEL, prompt(1, 1)), by_hand.Frozen()
+    torch.manual_seed(3)
+    for token in out.sequences[0, -STEPS:].tolist():
+        logits, _ = by_hand.run(MODEL, row, rules, frozen)
+        assert token == int(torch.multinomial(logits[-1].softmax(-1)[None], 1))
+        row = by_hand.said(MODEL, row, [token])
+
+
+@each_method
 def test_prompt_lookup_gives_the_greedy_tokens(method: str) -> None:
     pruner, rules = METHODS[method]
     with pruner(MODEL):
@@ -135,11 +149,8 @@ def test_rows_may_be_padded_on_the_right(model: Any, method: str) -> None:
     pruner, rules = METHODS[method]
     prompts = [prompt(1, 1), prompt(2, 2)]
     inputs = inputs_of(prompts)
-    ids, mask = torch.zeros_like(inputs["input_ids"]), torch.zeros_like(inputs["attention_mask"])
-    for i, real in enumerate(inputs["attention_mask"].bool()):
-        ids[i, : real.sum()], mask[i, : real.sum()] = inputs["input_ids"][i][real], 1
     with pruner(model):
-        logits = model(input_ids=ids, attention_mask=mask, pixel_values=inputs["pixel_values"]).logits
+        logits = model(**turned(inputs)).logits
     for i, p in enumerate(prompts):
         expected, _ = by_hand.run(model, by_hand.row_of(model, p), rules, by_hand.Frozen())
         assert close(logits[i, -len(expected) :], expected)
