@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_llava
-from oracle import ProjectionPruner, Prompt, extend, greedy, inputs_of, plain_logits, prompt, shortened
+from oracle import ProjectionPruner, Prompt, extend, greedy, inputs_of, plain_logits, prompt, shortened, turned
 
 KEEP, STEPS = 5, 4
 BATCHES = {"single": [prompt(1, 1)], "ragged": [prompt(0, 0), prompt(1, 1), prompt(2, 2)]}
