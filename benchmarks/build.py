@@ -109,7 +109,7 @@ def spend(way: Way, image: Image.Image, key: str) -> tuple[ImageScores, Spent]:
     wall = time.perf_counter()
     prompt = way.prepare(image)
     before, started = way.counters.flops, time.process_time()
-    scores = way.probe_prepared(prompt, key)
+    (scores,) = way.probe_prepared([prompt], [key])
     model = time.process_time() - started
     return scores, Spent(model, time.perf_counter() - wall, way.counters.flops - before)
 

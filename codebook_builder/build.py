@@ -16,8 +16,8 @@ from codebook_builder.costs import Work
 from codebook_builder.progress import Progress
 from codebook_builder.publish import choose, resolve_thresholds
 from codebook_builder.run import Probed, RunFolder, calibration_limits, with_cascade, with_thresholds
+from codebook_builder.tasks import Failure, ProbeSpec, Runner, ShardTask
 from codebook_builder.upload import check_unclaimed, upload
-from codebook_builder.worker import Failure, ProbeSpec, Runner, ShardTask
 from codebook_schemas import BuildConfig, CodebookManifest, UserError
 from codebook_schemas.files import replace_atomically
 from codebook_schemas.inputs import InputManifest

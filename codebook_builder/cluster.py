@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from codebook_builder.dispatch import Dispatch, package_folders
-from codebook_builder.worker import Runner
+from codebook_builder.tasks import Runner
 from codebook_schemas import ClusterConfig, UserError
 
 CONNECT_SECONDS = 10

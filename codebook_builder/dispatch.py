@@ -21,7 +21,8 @@ from typing import Any
 import codebook_builder
 import codebook_prune
 import codebook_schemas
-from codebook_builder.worker import Failure, Outcome, ShardResult, ShardTask, process_shard
+from codebook_builder.tasks import Failure, Outcome, ShardResult, ShardTask
+from codebook_builder.worker import process_shard
 from codebook_schemas import ClusterConfig, UserError
 
 PACKAGES = (codebook_builder, codebook_prune, codebook_schemas)

@@ -24,7 +24,9 @@ from codebook_builder.prompt import SplitPrompt, ablation_embedding, split_promp
 from codebook_builder.runs import ImageRuns, Runs, Table, grids, text_runs
 from codebook_builder.sampling import sample_tokens
 from codebook_builder.scores import Floats, ImageScores
+from codebook_builder.vision import IMAGES_AT_ONCE, encoded
 from codebook_prune.adapters.loading import adapter_for
+from codebook_prune.visual_tokens import VisualTokens
 from codebook_schemas import ProbeConfig, UserError
 
 AUTO_BUDGET = {"cpu": 2048, "cuda": 16_384}
@@ -80,13 +82,17 @@ class Prober:
     def probe(self, images: Sequence[Image.Image], keys: Sequence[str]) -> list[ImageScores]:
         """Scores of every image, in order.
 
-        Images never share a batch, neither in the vision tower nor in the LLM: an image's scores are the same bits whatever
-        else is in the call. Its own tokens fill the batches.
+        In the LLM images never share a batch, an image's own tokens fill it. In the vision tower they do, `IMAGES_AT_ONCE` at a
+        time: the same images in the same order give the same bits.
 
         Raises:
-            UserError: the image's visual tokens form no grid, or its tokens cannot be sampled as configured.
+            UserError: an image's visual tokens form no grid, or its tokens cannot be sampled as configured.
         """
-        return [self.probe_prepared(self.prepare(image), key) for image, key in zip(images, keys, strict=True)]
+        found: list[ImageScores] = []
+        for start in range(0, len(images), IMAGES_AT_ONCE):
+            some = slice(start, start + IMAGES_AT_ONCE)
+            found += self.probe_prepared([self.prepare(image) for image in images[some]], keys[some])
+        return found
 
     def prepare(self, image: Image.Image) -> SplitPrompt:
         """The CPU's share of an image, tokens and pixels, ready for a fast copy to a GPU; another thread may do it.
@@ -100,12 +106,15 @@ class Prober:
         pinned = {name: v.pin_memory() if isinstance(v, Tensor) else v for name, v in prompt.inputs.items()}
         return replace(prompt, inputs=pinned)
 
-    def probe_prepared(self, prompt: SplitPrompt, key: str) -> ImageScores:
-        """Scores of one image; see `probe`."""
+    def probe_prepared(self, prompts: Sequence[SplitPrompt], keys: Sequence[str]) -> list[ImageScores]:
+        """Scores of some images, which go through the vision tower together; see `probe`."""
         with torch.inference_mode(), last_position_only(self._adapter.decoder):
-            scores = self._probe_image(prompt, key)
+            started = time.perf_counter()
+            visual = [(tokens, tokens.embeddings.float().cpu()) for tokens in encoded(self._adapter, prompts)]
+            self.counters.vision_seconds += time.perf_counter() - started
+            found = [self._probe_image(*seen, *of) for seen, of in zip(visual, zip(prompts, keys, strict=True), strict=True)]
         self._publish()
-        return scores
+        return found
 
     def take_work(self) -> Work:
         """What was done since the last call, measured against this device's peak."""
@@ -133,11 +142,9 @@ class Prober:
         vectors: Tensor = self._embed(ids.to(self._embed.weight.device))
         return vectors
 
-    def _probe_image(self, prompt: SplitPrompt, key: str) -> ImageScores:
+    def _probe_image(self, visual: VisualTokens, embeddings: Tensor, prompt: SplitPrompt, key: str) -> ImageScores:
+        """Scores of one image; `embeddings` are those of its visual tokens, float32 on the CPU."""
         started = time.perf_counter()
-        visual = self._adapter.encode(prompt.inputs)
-        embeddings = visual.embeddings.float().cpu()
-        encoded = time.perf_counter()
         place = self._adapter.visual_mask(prompt.inner).nonzero().flatten()
         cells = grids(visual.position.cpu(), None if visual.frame is None else visual.frame.cpu())
         flat = torch.cat([grid.flatten() for grid in cells])
@@ -158,8 +165,7 @@ class Prober:
             start += grid.numel()
         single, region, whole = np.concatenate(scores, axis=1)
         self.counters.images += 1
-        self.counters.vision_seconds += encoded - started
-        self.counters.llm_seconds += time.perf_counter() - encoded
+        self.counters.llm_seconds += time.perf_counter() - started
         chosen = flat[torch.from_numpy(token)]
         return ImageScores(
             key=key,

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from codebook_builder.costs import Work
-from codebook_builder.worker import ShardResult
+from codebook_builder.tasks import ShardResult
 
 SECONDS_BETWEEN_LINES = 5.0
 

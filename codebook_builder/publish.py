@@ -10,7 +10,7 @@ from codebook_builder.artefact import Origin, Prototypes, check_free, create
 from codebook_builder.quality import measure
 from codebook_builder.run import Probed, RunFolder, calibration_limits, resolve, with_cascade, with_thresholds
 from codebook_builder.select import Rule, select
-from codebook_builder.worker import limited_hash
+from codebook_builder.tasks import limited_hash
 from codebook_prune.codebook import Codebook
 from codebook_prune.index import ShardedIndex
 from codebook_schemas import BuildConfig, CodebookManifest, ModelInfo, Quality, Thresholds, UserError

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -16,95 +16,23 @@ import torch
 from PIL import Image
 
 from codebook_builder.commit import Encoder, Marker, PartWriter, Skipped, commit, read_marker
-from codebook_builder.costs import Work
 from codebook_builder.memory import keep_freed_memory
 from codebook_builder.prefetch import prefetched
 from codebook_builder.scores import ImageScores, to_table
 from codebook_builder.shards import opened, read_samples
-from codebook_schemas import ProbeConfig, UserError
-from codebook_schemas.config import content_hash
+from codebook_builder.tasks import Failure, Outcome, ProbeSpec, ShardResult, ShardTask
+from codebook_builder.vision import IMAGES_AT_ONCE
+from codebook_schemas import UserError
 from codebook_schemas.files import sha256_of, sha256_of_handle
 from codebook_schemas.inputs import ShardEntry
-from codebook_schemas.object_store import Place, place
+from codebook_schemas.object_store import place
 
 if TYPE_CHECKING:
     from codebook_builder.probe import Prober
     from codebook_builder.prompt import SplitPrompt
 
-IMAGES_PER_ROW_GROUP = 8
-"""Images whose scores are written together. Fixed, so that a shard's part is the same bytes wherever it is made."""
-IMAGES_AHEAD = 8
-"""Images decoded and processed ahead of the model."""
 NOT_FINITE = "the model gives NaN or infinite values: try probe.dtype float32"
-
-
-@dataclass(frozen=True)
-class ProbeSpec:
-    """How to probe: what builds the model and the prober, and the hash that stands for all of it in markers.
-
-    `thresholds` are (t_p, t_j), or None to run without the cascade. `fingerprint` is that of the only connector whose scores
-    are of use, None: any.
-    """
-
-    model: str
-    revision: str | None
-    seed: int
-    probe: ProbeConfig
-    thresholds: tuple[float, float] | None
-    config_hash: str
-    device: str
-    threads: int
-    fingerprint: str | None = None
-
-
-@dataclass(frozen=True)
-class ShardTask:
-    """One shard to probe into `folder`; `limit` = only its first samples."""
-
-    spec: ProbeSpec
-    shard: ShardEntry
-    folder: Place
-    attempt: int = 0
-    limit: int | None = None
-
-    @property
-    def probe_hash(self) -> str:
-        """Hash of everything the scores depend on but the shard's content."""
-        return self.spec.config_hash if self.limit is None else limited_hash(self.spec.config_hash, self.limit)
-
-
-def limited_hash(probe_hash: str, limit: int) -> str:
-    """Probe hash of the first `limit` samples of a shard."""
-    return content_hash([probe_hash, limit])
-
-
-@dataclass(frozen=True)
-class ShardResult:
-    """What a committed shard reports: never the data itself.
-
-    `seconds` are wall time of this attempt by phase: `read` goes on in the background, `wait` is how long the model waited for
-    it. `work` is what the experiments took.
-    """
-
-    shard: str
-    rows: int
-    images: int
-    skipped: tuple[Skipped, ...]
-    seconds: dict[str, float] = field(default_factory=dict)
-    work: Work = field(default_factory=Work)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A shard given up after all attempts, with the last error's traceback."""
-
-    task: ShardTask
-    error: str
-
-
 Samples = Iterator[tuple[str, Image.Image | str]]
-Outcome = ShardResult | Failure
-Runner = Callable[[Sequence[ShardTask]], Iterator[Outcome]]
 
 
 def run_locally(tasks: Sequence[ShardTask], attempts: int) -> Iterator[Outcome]:
@@ -227,26 +155,26 @@ def _prepared(prober: Prober, samples: Samples, seconds: dict[str, float]) -> It
 
 
 def _probed(prober: Prober, samples: Samples, skipped: list[Skipped], seconds: dict[str, float]) -> Iterator[list[ImageScores]]:
-    """Scores of the images, a row group at a time; samples that cannot be used are added to `skipped`, in order."""
-    group: list[ImageScores] = []
-    with prefetched(_prepared(prober, samples, seconds), IMAGES_AHEAD) as prepared:
-        while True:
-            with _timed(seconds, "wait"):
-                sample = next(prepared, None)
-            if sample is None:
-                break
-            key, prompt = sample
-            if isinstance(prompt, str):
-                skipped.append(Skipped(key=key, reason=prompt))
-                continue
+    """Scores of the images, a row group at a time; samples that cannot be used are added to `skipped`."""
+    with prefetched(_prepared(prober, samples, seconds), IMAGES_AT_ONCE) as prepared:
+        while group := _next_group(prepared, skipped, seconds):
             with _timed(seconds, "probe"):
-                scores = prober.probe_prepared(prompt, key)
-            if scores.is_finite:
-                group.append(scores)
-            else:
-                skipped.append(Skipped(key=key, reason=NOT_FINITE))
-            if len(group) == IMAGES_PER_ROW_GROUP:
-                yield group
-                group = []
-    if group:
-        yield group
+                found = prober.probe_prepared(list(group.values()), list(group))
+            skipped += [Skipped(key=scores.key, reason=NOT_FINITE) for scores in found if not scores.is_finite]
+            yield [scores for scores in found if scores.is_finite]
+
+
+def _next_group(
+    prepared: Iterator[tuple[str, SplitPrompt | str]], skipped: list[Skipped], seconds: dict[str, float]
+) -> dict[str, SplitPrompt]:
+    """The next `IMAGES_AT_ONCE` usable samples by key; fewer, or none, at the end."""
+    group: dict[str, SplitPrompt] = {}
+    with _timed(seconds, "wait"):
+        for key, found in prepared:
+            if isinstance(found, str):
+                skipped.append(Skipped(key=key, reason=found))
+                continue
+            group[key] = found
+            if len(group) == IMAGES_AT_ONCE:
+                break
+    return group

@@ -26,7 +26,8 @@ from codebook_builder.build import Build, QuarantinedError, Report
 from codebook_builder.publish import reselect
 from codebook_builder.run import RunFolder
 from codebook_builder.shards import scan
-from codebook_builder.worker import Outcome, ShardTask, run_locally
+from codebook_builder.tasks import Outcome, ShardResult, ShardTask
+from codebook_builder.worker import run_locally
 from codebook_prune.codebook import Codebook
 from codebook_schemas import BuildConfig, CodebookManifest, UserError
 from codebook_schemas.files import sha256_of
@@ -205,7 +206,7 @@ def test_failures_are_retried_then_quarantined_then_forgiven(
     config = small_config(inputs, tmp_path / "book")
     real, calls = worker.process_shard, []
 
-    def flaky(task: ShardTask) -> worker.ShardResult:
+    def flaky(task: ShardTask) -> ShardResult:
         calls.append((task.shard.name, task.attempt))
         if task.limit is None and task.shard.name.startswith("00001"):
             raise RuntimeError("the sample bites")

@@ -277,7 +277,7 @@ def test_any_batch_size_gives_the_same_scores(budget: int, ablation: str) -> Non
     assert_scores(found, answers, "jsd")
 
 
-def test_scores_are_the_same_bits_in_any_company() -> None:
+def test_the_same_images_give_the_same_bits_and_others_change_nothing() -> None:
     settings = config(tokens_per_image=10)
     keys = ["a", "b", "c"]
     images = [noise_image(seed) for seed in range(3)]
@@ -285,6 +285,10 @@ def test_scores_are_the_same_bits_in_any_company() -> None:
     prober = Prober(*tiny(), settings, None)
     apart = [prober.probe([images[i]], [keys[i]])[0] for i in (2, 0, 1)]
     for first, second in zip(together, [apart[1], apart[2], apart[0]], strict=True):
+        assert first.token.tolist() == second.token.tolist()
+        np.testing.assert_allclose(first.top1_prob, second.top1_prob, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(first.embeddings, second.embeddings, rtol=0, atol=1e-6)
+    for first, second in zip(together, prober.probe(images, keys), strict=True):
         assert_same_bits(first, second)
     assert len({tuple(scores.token) for scores in together}) > 1  # the raster shift follows the key
 

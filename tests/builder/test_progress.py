@@ -6,7 +6,7 @@ import pytest
 
 from codebook_builder.costs import Work
 from codebook_builder.progress import Progress
-from codebook_builder.worker import ShardResult
+from codebook_builder.tasks import ShardResult
 
 
 def test_the_last_line_tells_rate_time_left_skips_and_mfu(capsys: pytest.CaptureFixture[str]) -> None:

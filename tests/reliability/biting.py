@@ -6,7 +6,7 @@ import ctypes
 import time
 
 from codebook_builder.dispatch import ShardActor
-from codebook_builder.worker import ShardResult, ShardTask
+from codebook_builder.tasks import ShardResult, ShardTask
 
 
 class BitingActor(ShardActor):

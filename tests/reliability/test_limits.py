@@ -16,7 +16,7 @@ import json, os, subprocess, sys
 from pathlib import Path
 from biting import BitingActor
 from codebook_builder import cluster, dispatch
-from codebook_builder.worker import Failure, ShardTask
+from codebook_builder.tasks import Failure, ShardTask
 from codebook_schemas import ClusterConfig
 from codebook_schemas.inputs import ShardEntry
 

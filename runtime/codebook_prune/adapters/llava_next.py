@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from codebook_prune.adapters.base import VLMAdapter
@@ -36,12 +37,11 @@ class LlavaNextAdapter(VLMAdapter):
         return [whole(side, side, frames) for frames in frames_in(entering.video_lengths(), side * side)]
 
     def cls_similarity(self, out: Any, inputs: Mapping[str, Any]) -> Tensor | None:
-        """See `VLMAdapter.cls_similarity`: for one image; every token to its own crop's [CLS]."""
-        cosine = clip_cosine(self.config, out)
-        if cosine is None or len(inputs["image_sizes"]) != 1:
+        """See `VLMAdapter.cls_similarity`: every token to its own crop's [CLS]; None if images differ in their crops."""
+        cosine, sizes, crops = clip_cosine(self.config, out), inputs["image_sizes"], inputs["pixel_values"].shape[1]
+        if cosine is None or len(cosine) != len(sizes) * crops:
             return None
         packed, _ = self.model.base_model.pack_image_features(
-            [cosine[:, 1:, None]], inputs["image_sizes"], "default", image_newline=cosine.new_zeros(1)
+            torch.split(cosine[:, 1:, None], crops), sizes, "default", image_newline=cosine.new_zeros(1)
         )
-        flat: Tensor = packed[0][:, 0]
-        return flat
+        return torch.cat([image[:, 0] for image in packed])
