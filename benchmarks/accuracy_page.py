@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+from benchmarks.methods import OURS
 from benchmarks.readme import load, table
 from benchmarks.report import ROOT
 
@@ -49,6 +50,15 @@ def cell(rows: Rows, method: str, ratio: float, *, interval: bool = True) -> str
     return f"{found[0]['percent_of_full']:.1f}" + (f" ({low:.0f}..{high:.0f})" if interval else "")
 
 
+def ahead_cell(rows: Rows, method: str, ratio: float) -> str:
+    """By how much our own method is ahead of one at one budget, and the paired interval."""
+    found = [r for r in rows if r["method"] == method and r["keep_ratio"] == ratio and "ours_ahead" in r]
+    if not found:
+        return ""
+    low, high = found[0]["ours_ahead_ci95"]
+    return f"{found[0]['ours_ahead']:+.1f} ({low:+.1f}..{high:+.1f})"
+
+
 def ratios_of(rows: Rows) -> list[float]:
     """Budgets, largest first."""
     return sorted({r["keep_ratio"] for r in rows} - {1.0}, reverse=True)
@@ -71,6 +81,10 @@ def suite_section(rows: Rows, suite: str) -> str:
         f"{full['n']} questions, unpruned {100 * full['accuracy']:.1f}% right.",
         table(["% of unpruned", *(f"{r:.0%}" if r > 0.06 else f"{r:.1%}" for r in ratios)], body),
     ]
+    ahead = [[m, *(ahead_cell(overall, m, ratio) for ratio in ratios)] for m in methods if m != OURS]
+    if any(cell for line in ahead for cell in line[1:]):
+        head = [f"{OURS} is ahead of", *(f"{r:.0%}" if r > 0.06 else f"{r:.1%}" for r in ratios)]
+        out += ["Points of that percentage by which our own method is ahead:", table(head, ahead)]
     families = [f for f in dict.fromkeys(r["family"] for r in mine) if f != "overall"]
     for ratio in (r for r in ratios if r in (0.22, 0.11)):
         lines = [

@@ -29,6 +29,7 @@ from reference_vlm.scenes import GRID
 
 SMALLER = "smaller picture"
 """The control that shrinks the picture instead: its images are drawn anew for every budget."""
+OURS = "codebook and diversity"
 STAGES = 4
 """PyramidDrop's stages of equal depth."""
 
@@ -95,7 +96,7 @@ METHODS: dict[str, Make] = {
     "DivPrune": lambda s: DivPrunePruner(keep_ratio=s.ratio, positions="original"),
     "CDPruner": lambda s: CDPrunerPruner(keep_ratio=s.ratio, positions="original"),
     "codebook": lambda s: CodebookPruner(s.codebook, keep_ratio=s.ratio, positions="original"),
-    "codebook and diversity": lambda s: CodebookDiversityPruner(s.codebook, keep_ratio=s.ratio, positions="original"),
+    OURS: lambda s: CodebookDiversityPruner(s.codebook, keep_ratio=s.ratio, positions="original"),
     "codebook, compact positions": lambda s: CodebookPruner(s.codebook, keep_ratio=s.ratio),
     "DivPrune, compact positions": lambda s: DivPrunePruner(keep_ratio=s.ratio),
     "codebook | pyramid": codebook_pyramid,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from codebook_folder import write_codebook
 
-from benchmarks.accuracy import Exam, Work, interval
+from benchmarks.accuracy import Exam, Work, interval, lead
 from benchmarks.methods import METHODS, Setting, stage_ratio
 from codebook_prune import Codebook
 from reference_vlm.evaluate import answers, is_right
@@ -79,3 +79,13 @@ def test_interval_holds_the_ratio_and_shrinks_with_agreement() -> None:
     half = full & (np.arange(400) % 4 == 0)
     low, high = interval(full, half, 0)
     assert low < 50 < high
+
+
+def test_the_lead_is_a_paired_difference() -> None:
+    full, ours, other = (np.zeros(1000, bool) for _ in range(3))
+    full[:800], ours[:600], other[:400] = True, True, True
+    found = lead(full, ours, other, 0)
+    assert found["ours_ahead"] == pytest.approx(25)
+    assert found["ours_ahead_ci95"][0] < 25 < found["ours_ahead_ci95"][1]
+    assert lead(full, ours, ours, 0)["ours_ahead_ci95"] == (0, 0)
+    assert lead(full, other, ours, 0)["ours_ahead_ci95"][1] < 0
