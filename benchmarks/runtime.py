@@ -67,7 +67,11 @@ def pruner_rows(rounds: int) -> list[dict[str, Any]]:
         prefill = layer_prefill_ms(tokens + TEXT_TOKENS, max(2, rounds // 4))
         vectors = torch.randn(tokens, 4096, device=DEVICE, dtype=torch.bfloat16)
         visual = VisualTokens(vectors, None, torch.cartesian_prod(torch.arange(tokens // 24), torch.arange(24)).to(DEVICE))
-        for spec, prototypes in (("codebook", 454), ("codebook", 10_000), ("codebook_diversity", 454)):
+        for spec, prototypes in (
+            ("codebook", PUBLISHED_PROTOTYPES),
+            ("codebook", 10_000),
+            ("codebook_diversity", PUBLISHED_PROTOTYPES),
+        ):
             pruner: Any = parse_pruner(spec, codebook=random_codebook(prototypes, 4096), keep_ratio=0.11)
             pruner.keep(visual)
             prune = statistics.median(milliseconds(lambda p=pruner, v=visual: p.keep(v)) for _ in range(rounds))  # type: ignore[misc]
@@ -146,9 +150,10 @@ def methods(codebook: Any) -> dict[tuple[str, float], Any]:
 
 
 @torch.inference_mode()
-def model_rows(name: str, model: Any, inputs: Inputs, codebook: Any, rounds: int) -> list[dict[str, Any]]:
+def model_rows(name: str, model: Any, inputs: Inputs, prototypes: int, rounds: int) -> list[dict[str, Any]]:
     """Part 3 for one model: methods interleaved, round by round."""
-    adapter, made = adapter_for(model), methods(codebook)
+    adapter = adapter_for(model)
+    made = methods(random_codebook(prototypes, adapter.hidden_size))
     visual = int(adapter.visual_mask(inputs["input_ids"]).sum())
     samples: dict[tuple[str, float], list[dict[str, Any]]] = {key: [] for key in made}
     for round_ in range(rounds + 1):
@@ -195,19 +200,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/runtime.json")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     reference, question = reference_input()
-    rows = overhead_rows("reference VLM (d 128, 8 layers)", reference, question, 40 * args.rounds)
-    rows += overhead_rows("random LLaVA (d 512, 8 layers)", *random_llava(24, 512, 8, device=DEVICE), 5 * args.rounds)
+    rows = []
+    if DEVICE == "cpu":
+        torch.set_num_threads(1)
+        rows += overhead_rows("reference VLM (d 128, 8 layers)", reference, question, 40 * args.rounds)
+        rows += overhead_rows("random LLaVA (d 512, 8 layers)", *random_llava(24, 512, 8), 5 * args.rounds)
     torch.set_num_threads(args.threads)
     rows += pruner_rows(args.rounds)
-    codebook = random_codebook(OWN_PROTOTYPES, 128)
-    rows += model_rows("reference VLM (d 128, 8 layers)", reference, question, codebook, 3 * args.rounds)
-    codebook = random_codebook(PUBLISHED_PROTOTYPES, 1024)
+    rows += model_rows("reference VLM (d 128, 8 layers)", reference, question, OWN_PROTOTYPES, 3 * args.rounds)
     for images in (1, 5):
         model, inputs = random_llava(24, 1024, 8, images, DEVICE)
         rounds = args.rounds if images == 1 else max(2, args.rounds // 3)
-        rows += model_rows("random LLaVA (d 1024, 8 layers)", model, inputs, codebook, rounds)
+        rows += model_rows("random LLaVA (d 1024, 8 layers)", model, inputs, PUBLISHED_PROTOTYPES, rounds)
     publish("runtime", rows, 0, out=args.out)
 
 

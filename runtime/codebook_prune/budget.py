@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -66,8 +67,7 @@ class Budget:
         if self.threshold is not None:
             return None
         if self.keep_ratio is not None:
-            product = Decimal(repr(float(self.keep_ratio))) * tokens
-            wanted = int(product.to_integral_value(ROUND_HALF_UP))
+            wanted = _rounded(float(self.keep_ratio), tokens)
         else:
             wanted = keep_tokens if keep_tokens is not None else _single(self.keep_tokens)
         return min(tokens, max(wanted, self.min_keep))
@@ -139,6 +139,11 @@ def shares(count: int, lengths: Sequence[int]) -> list[int]:
     for i in order[: count - sum(found)]:
         found[i] += 1
     return found
+
+
+@lru_cache(maxsize=1024)
+def _rounded(ratio: float, tokens: int) -> int:
+    return int((Decimal(repr(ratio)) * tokens).to_integral_value(ROUND_HALF_UP))
 
 
 def _is_count(value: object) -> bool:

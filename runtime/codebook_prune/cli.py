@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from codebook_prune.printing import answer_each, complain, print_comparison, print_summary
+from codebook_prune.printing import answer_each, complain, print_codebook, print_comparison
 from codebook_schemas.errors import UserError
 
 if TYPE_CHECKING:
@@ -215,26 +215,9 @@ def inspect(
     from codebook_prune.codebook import Codebook
 
     loaded = Codebook.from_pretrained(codebook)
-    manifest, folder = loaded.manifest, loaded.folder
-    if folder is not None:
-        manifest.verify(folder)
-    summary = {
-        "codebook": str(codebook),
-        "version": manifest.version,
-        "model": manifest.model.model_dump(exclude_none=True),
-        "prototypes": manifest.rows,
-        "dimension": manifest.dimension,
-        "dtype": manifest.dtype,
-        "clusters": len(set(loaded.cluster.tolist())),
-        "smallest_support": int(loaded.support.min()),
-        "thresholds": manifest.thresholds.model_dump(exclude_none=True),
-        "counts": manifest.counts,
-        "quality": manifest.quality.model_dump(exclude_none=True),
-        "source": manifest.source,
-        "files_verified": len(manifest.files),
-        "bytes": sum(entry.bytes for entry in manifest.files.values()),
-    }
-    print_summary(summary, as_json)
+    if loaded.folder is not None:
+        loaded.manifest.verify(loaded.folder)
+    print_codebook(codebook, loaded, as_json)
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -131,7 +131,7 @@ class Codebook:
         self._check(tokens)
         prototypes = self.unit_prototypes(tokens.device, tokens.dtype)
         block = max(1, ELEMENTS_PER_BLOCK // max(1, len(tokens)))
-        products = (tokens @ chunk.T for chunk in torch.split(prototypes, block))
+        products = (tokens @ prototypes[start : start + block].T for start in range(0, len(self), block))
         if top_k == 1:
             best = functools.reduce(torch.maximum, (product.amax(-1) for product in products)).float()
         else:

@@ -204,9 +204,8 @@ class Engine:
         past, new = state.split_mask(kwargs.get("attention_mask"), cached, embeds.device)
         positions, shift = positions_of(kwargs, state, cached), state.shift
         if self.compact:
-            dropped = ~keep if new is None else new & ~keep
-            positions = positions - state.shift - dropped.cumsum(1)
-            shift = state.shift + dropped.sum(1, keepdim=True)
+            closed = state.shift + (~keep if new is None else new & ~keep).cumsum(1)
+            positions, shift = positions - closed, closed[:, -1:]
         keep = keep if new is None else new & keep
         index, valid, even = packed(keep)
         longest = index.shape[1]
@@ -250,6 +249,6 @@ def named(names: Sequence[str], args: tuple[Any, ...], kwargs: Arguments) -> Arg
 
 def brings_images(call: Arguments) -> bool:
     """Whether visual embeddings enter in this call (a placeholder id alone, generated or resent, brings none)."""
-    pixels = (call.get(name) for name in ("pixel_values", "pixel_values_videos"))
-    encoded = (call.get("mm_encoder_outputs") or {}).values()
-    return any(value is not None for value in (*pixels, *encoded))
+    if call.get("pixel_values") is not None or call.get("pixel_values_videos") is not None:
+        return True
+    return any(out is not None for out in (call.get("mm_encoder_outputs") or {}).values())

@@ -17,6 +17,7 @@ from codebook_schemas.errors import UserError
 
 if TYPE_CHECKING:
     from codebook_prune.answer import Asker, Run
+    from codebook_prune.codebook import Codebook
     from codebook_prune.media import Media
     from codebook_prune.spec import AnyPruner
     from codebook_prune.video import Sampling
@@ -83,15 +84,32 @@ def print_comparison(media: Media, names: Sequence[str], runs: Sequence[Run], pi
     Console().print(table)
 
 
-def print_summary(summary: dict[str, Any], as_json: bool) -> None:
-    """Print names with their values."""
+def print_codebook(name: str, codebook: Codebook, as_json: bool) -> None:
+    """Print what is in a verified codebook."""
+    manifest = codebook.manifest
+    summary = {
+        "codebook": name,
+        "version": manifest.version,
+        "model": manifest.model.model_dump(exclude_none=True),
+        "prototypes": manifest.rows,
+        "dimension": manifest.dimension,
+        "dtype": manifest.dtype,
+        "clusters": len(set(codebook.cluster.tolist())),
+        "smallest_support": int(codebook.support.min()),
+        "thresholds": manifest.thresholds.model_dump(exclude_none=True),
+        "counts": manifest.counts,
+        "quality": manifest.quality.model_dump(exclude_none=True),
+        "source": manifest.source,
+        "files_verified": len(manifest.files),
+        "bytes": sum(entry.bytes for entry in manifest.files.values()),
+    }
     if as_json:
         write_line(summary)
         return
     table = Table("", "", show_header=False)
-    for name, value in summary.items():
+    for field, value in summary.items():
         text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
-        table.add_row(name.replace("_", " "), Text("" if text is None else str(text)))
+        table.add_row(field.replace("_", " "), Text("" if text is None else str(text)))
     Console().print(table)
 
 
