@@ -222,10 +222,12 @@ def _items(
     """Images or videos of these layouts, each with the number of its first token; `mine` [n] bool: which tokens are theirs.
 
     Raises:
-        UserError: one is torn apart, by a row's end or by another.
+        UserError: tokens are left over, or an item is torn apart, by a row's end or by another.
     """
     width, found, start = entering.input_ids.shape[1], [], 0
     numbers: Sequence[int] = range(len(entering)) if mine is None else mine.nonzero().flatten().tolist()
+    if sum(map(len, layouts)) != len(numbers):
+        raise UserError(NOT_WHOLE)
     for one in layouts:
         first, last = numbers[start], numbers[start + len(one) - 1]
         row = entering.places[first] // width
