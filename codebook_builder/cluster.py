@@ -69,11 +69,15 @@ def check_reachable(address: str) -> None:
 
 
 def _protect() -> None:
-    """Give the embedded Ray a random token that only our processes know: its control port listens on every interface.
+    """Let the embedded Ray listen on loopback only, and give it a random token that only our processes know.
 
-    Ray reads this once, when it is imported; a program that imported it before decides for itself.
+    Ray (2.60) takes 127.0.0.1 for a node's address only where clusters are switched off, by the switch it has for systems other
+    than Linux. It reads both once, when it is imported; a program that imported it before decides for itself.
     """
-    if "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
+    if "ray" in sys.modules:
+        return
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
+LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")
+"""127.0.0.1, ::1 and ::ffff:127.0.0.1 as /proc/net writes them."""
 ROOT = Path(__file__).parents[2]
 DRIVER = """
-import json, os, subprocess, sys
+import json, os, socket, subprocess, sys
 from pathlib import Path
 from biting import BitingActor
+from processes import descendants, listeners
 from codebook_builder import cluster, dispatch
 from codebook_builder.tasks import Failure, ShardTask
 from codebook_schemas import ClusterConfig
@@ -44,13 +47,15 @@ with cluster.connected(config, None) as runner:
         name = outcome.task.shard.name if isinstance(outcome, Failure) else outcome.shard
         assert name not in found
         found[name] = outcome.error if isinstance(outcome, Failure) else None
+    control = socket.create_server(("0.0.0.0", 0))
+    ports = sorted(listeners([os.getpid(), *descendants(os.getpid())]))
     said = {name: process.communicate()[0].strip() for name, process in strangers.items()}
-print(json.dumps({"found": found, "said": said, "token": token}))
+print(json.dumps({"found": found, "said": said, "token": token, "ports": ports, "control": control.getsockname()[1]}))
 """
 
 
 @pytest.mark.cluster
-def test_segfault_hang_and_memory_are_given_up_and_strangers_are_refused(tmp_path: Path) -> None:
+def test_segfault_hang_and_memory_are_given_up_and_strangers_do_not_get_in(tmp_path: Path) -> None:
     """One embedded Ray for both: it is slow to start."""
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": paths, "RAY_memory_monitor_refresh_ms": "0"}
@@ -66,5 +71,7 @@ def test_segfault_hang_and_memory_are_given_up_and_strangers_are_refused(tmp_pat
     assert "took more than 40 seconds" in found["00003-hang"]
     assert "worker_memory_gb is 0.8" in found["00005-memory"]
     assert said["said"] == {"none": "", "wrong": "", "right": "connected"}
+    assert [port for address, port in said["ports"] if address not in LOOPBACK] == [said["control"]]
+    assert len(said["ports"]) > 8  # Ray's own
     assert len(said["token"]) == 64
     assert said["token"] not in done.stderr + json.dumps(found)
