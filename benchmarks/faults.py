@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -247,12 +247,22 @@ def write_config(folder: Path, shards: Path) -> Path:
     return folder / "c.json"
 
 
-def trials(count: int, seed: int, only: str | None = None) -> Iterator[dict[str, Any]]:
-    """Run trials on one cluster, of all faults in turn or of one; yields what each did.
+def plan(tried: Sequence[str], count: int) -> list[tuple[int, str]]:
+    """(number, fault) of the trials that are missing of `count` after those of the faults `tried`; the least tried comes first.
 
     The full disk needs root (it is a small tmpfs); without, it is left out.
     """
-    faults = [only] if only else [f for f in FAULTS if f != "disk full" or os.geteuid() == 0]
+    times = {fault: tried.count(fault) for fault in FAULTS if fault != "disk full" or os.geteuid() == 0}
+    found = []
+    for number in range(len(tried), count):
+        fault = min(times, key=times.__getitem__)
+        times[fault] += 1
+        found.append((number, fault))
+    return found
+
+
+def trials(planned: Sequence[tuple[int, str]], seed: int) -> Iterator[dict[str, Any]]:
+    """Run some trials on one cluster; yields what each did."""
     with tempfile.TemporaryDirectory(prefix="f", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         shards = folder / "shards"
@@ -266,10 +276,11 @@ def trials(count: int, seed: int, only: str | None = None) -> Iterator[dict[str,
         whole = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
         cluster = Cluster(folder)
         try:
-            for number in range(count):
-                fault, rng = faults[number % len(faults)], np.random.default_rng([seed, number])
-                one = Trial(cluster, folder / f"trial-{seed}-{number}", shards, rng)
-                yield one.once(fault, whole["digest"], whole["counts"]["tokens"])
+            for number, fault in planned:
+                began = time.monotonic()
+                one = Trial(cluster, folder / f"trial-{seed}-{number}", shards, np.random.default_rng([seed, number]))
+                row = one.once(fault, whole["digest"], whole["counts"]["tokens"])
+                yield {"trial": number, **row, "seconds": round(time.monotonic() - began)}
                 shutil.rmtree(one.folder, ignore_errors=True)
         finally:
             cluster.close()

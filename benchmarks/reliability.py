@@ -1,6 +1,7 @@
 """Hostile codebooks, injected faults and a long run: `python -m benchmarks.reliability hostile|faults|soak --count N`.
 
-Each part replaces its own rows of the same seed in results/reliability.json and leaves the others as they are.
+Rows go to results/reliability.json as they come. Fault trials add to those that are there until there are N, `--now M` of them
+at most in this run; the other parts replace their own row of the same seed.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,33 +17,33 @@ import torch
 from benchmarks.report import RESULTS, Row, envelope, publish
 
 
-def hostile(given: argparse.Namespace) -> list[Row]:
+def hostile(given: argparse.Namespace, stored: Sequence[Row]) -> Iterator[Row]:
     """Damaged and forged codebooks; the seed is the first copy's number."""
     from benchmarks.hostile import attempts, summary
 
     found = summary(list(attempts(given.count or 2100, given.seed)))
-    return [{"trials": found.pop("copies"), **found}]
+    yield {"trials": found.pop("copies"), **found}
 
 
-def faults(given: argparse.Namespace) -> list[Row]:
+def faults(given: argparse.Namespace, stored: Sequence[Row]) -> Iterator[Row]:
     """Trials on a cluster of two nodes, a row each."""
-    from benchmarks.faults import trials
+    from benchmarks.faults import plan, trials
 
-    rows: list[Row] = []
-    for row in trials(given.count or 30, given.seed, given.fault):
-        print(json.dumps(row), file=sys.stderr, flush=True)
-        rows.append(row)
-    return rows
+    missing = plan([row["fault"] for row in stored if row["part"] == "faults"], given.count or 30)
+    if missing:
+        yield from trials(missing[: given.now], given.seed)
 
 
-def soak(given: argparse.Namespace) -> list[Row]:
+def soak(given: argparse.Namespace, stored: Sequence[Row]) -> Iterator[Row]:
     """Prune calls in one process."""
     from benchmarks.soak import soak as run
 
-    return [run(given.count or 10_000, given.seed)]
+    yield run(given.count or 10_000, given.seed)
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {"hostile": hostile, "faults": faults, "soak": soak}
+PARTS: dict[str, Callable[[argparse.Namespace, Sequence[Row]], Iterator[Row]]] = {
+    "hostile": hostile, "faults": faults, "soak": soak,
+}  # fmt: skip
 
 
 def problems(row: Row) -> bool:
@@ -53,20 +54,23 @@ def problems(row: Row) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--count", type=int, help="trials; default: 2100 copies, 30 faults, 10000 calls")
+    parser.add_argument("--count", type=int, help="trials; default: 2100 copies, 30 faults in all, 10000 calls")
+    parser.add_argument("--now", type=int, help="faults: at most so many trials in this run")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--fault", help="inject this one only")
     given = parser.parse_args()
     torch.set_num_threads(1)
     origin: dict[str, Any] = envelope([], given.seed)
-    rows = PARTS[given.part](given)
     where = {"commit": origin["commit"], "command": origin["command"]}
-    mine = [{"part": given.part, "seed": given.seed, **row, **where} for row in rows]
     path = RESULTS / "reliability.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    others = [row for row in rows if (row["part"], row["seed"]) != (given.part, given.seed)]
-    publish("reliability", [*others, *mine], given.seed, out=path)
-    sys.exit(any(problems(row) for row in mine))
+    if given.part != "faults":
+        rows = [row for row in rows if (row["part"], row["seed"]) != (given.part, given.seed)]
+    wrong = False
+    for row in PARTS[given.part](given, tuple(rows)):
+        rows.append({"part": given.part, "seed": given.seed, **row, **where})
+        publish("reliability", rows, given.seed, out=path)
+        wrong |= problems(row)
+    sys.exit(wrong)
 
 
 if __name__ == "__main__":
