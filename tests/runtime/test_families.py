@@ -8,7 +8,7 @@ from typing import Any
 import layer_oracle
 import pytest
 import torch
-from families import FAMILIES, llava
+from families import FAMILIES, VIDEO, llava
 from layer_oracle import plain_greedy, plain_logits, said
 from mrope import QWEN
 from oracle import ProjectionPruner
@@ -18,6 +18,7 @@ from torch import Tensor
 from codebook_prune import ContextPruner, FastVPruner, PyramidPruner, UniformPruner, UserError
 from codebook_prune.adapters.grids import any_resolution, raster
 from codebook_prune.adapters.loading import adapter_for, families
+from codebook_prune.visual_tokens import EnteringTokens
 
 STEPS = 3
 MATRIX: dict[str, Any] = {"llava": llava, **FAMILIES, **QWEN}
@@ -208,6 +209,14 @@ def test_encoding_alone_gives_the_same_tokens(family: Any) -> None:
     assert torch.equal(visual.embeddings, torch.stack([vectors[i] for own in family.columns(p) for i in own]))
     frame = torch.zeros(len(visual.image)).long() if visual.frame is None else visual.frame
     assert torch.cat([frame[:, None], visual.position], 1).tolist() == [list(c) for cells in family.cells(p) for c in cells]
+
+
+def test_tokens_left_over_are_refused() -> None:
+    adapter = adapter_for(ALL["llava_onevision", "sdpa"].model)
+    ids = torch.full((1, 27), VIDEO)  # of two videos of equally many tokens
+    entering = EnteringTokens(torch.arange(27), torch.zeros(27, 64), ids, {"pixel_values_videos": torch.zeros(2)})
+    with pytest.raises(UserError, match="does not enter whole"):
+        adapter.layout(entering)
 
 
 def test_the_matrix_holds_every_family() -> None:
