@@ -69,11 +69,9 @@ def runtime(report: dict[str, Any]) -> str:
         if "7B" in r["model"]
     ]
     one = [r for r in rows if "prefill_ratio_ci95" in r]
-    small = [
-        f"{r['method']}: {r['prune_percent_of_prefill']:.1f}%" for r in one if "reference" in r["model"] and r["keep_ratio"] < 1
-    ]
+    small = [f"{r['method']}: {own_share(r)}" for r in one if "reference" in r["model"] and r["keep_ratio"] < 1]
     engine = [
-        f"{r['model']}: {r['prune_percent_of_prefill']:.1f}% in its hooks, whole passes {r['prefill_ratio'] - 1:+.1%} {interval(r)}"
+        f"{r['model']}: {own_share(r)} in its hooks, whole passes {r['prefill_ratio'] - 1:+.1%} {interval(r)}"
         for r in one
         if "keep-all" in r["method"]
     ]
@@ -84,6 +82,11 @@ def runtime(report: dict[str, Any]) -> str:
         + (f" Of the reference VLM's: {'; '.join(small)}." if small else "")
         + (f" The engine with a budget that holds everything: {'; '.join(engine)}." if engine else "")
     )
+
+
+def own_share(row: dict[str, Any]) -> str:
+    """Of an unpruned prefill."""
+    return f"{row['prune_percent_of_prefill']:.1f}%"
 
 
 def interval(row: dict[str, Any]) -> str:
