@@ -10,7 +10,7 @@ from conftest import noise_image, tiny_processor
 from families import IMAGE, SIDE, SQUARE, TEXT, Family, grid, item, noise, prompts_of, ready, siglip
 from oracle import ProjectionPruner
 from test_engine_rules import same, trace
-from test_families import by_hand, close, generate
+from test_families import close, generate
 from torch import Tensor
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig
 
@@ -63,7 +63,7 @@ def plain_logits(model: Any, embeds: Tensor, blocks: list[int]) -> Tensor:
 
 
 def row_of(family: Family, p: Any, budgets: list[int]) -> tuple[Tensor, list[int]]:
-    embeds = by_hand(family, p, budgets, "compact")[0]
+    embeds = torch.stack(family.row(p, budgets).vectors)[None]
     blocks, number = [-1] * 3, 0
     for number, (one, budget) in enumerate(zip(p.items, budgets, strict=True)):
         blocks += [number] * min(budget, len(one.cells)) + [-1] * 3
