@@ -77,7 +77,7 @@ def last_position_only(decoder: Any) -> Iterator[None]:
 
 
 def _last_position(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (args[0][:, -1:], *args[1:])
+    return (args[0][:, -1:].contiguous(), *args[1:])  # a view would be multiplied row by row
 
 
 class ReadOut:

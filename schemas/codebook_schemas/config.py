@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from codebook_schemas.errors import UserError, one_line
 
@@ -43,7 +43,9 @@ class ProbeConfig(Strict):
     global_weight: float = Field(16.0, ge=0)
     cascade: bool = True
     tokens_per_batch: Literal["auto"] | Annotated[int, Field(ge=16)] = "auto"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: in a build's configuration bfloat16 where workers have a GPU, else float32"
+    )
 
 
 class ThresholdConfig(Strict):
@@ -75,7 +77,7 @@ class SelectionConfig(Strict):
 
 
 class ClusterConfig(Strict):
-    """Where the work runs. Nothing here changes a result, so nothing here is hashed.
+    """Where the work runs. Nothing here changes a result (but what `probe.dtype: auto` is), so nothing here is hashed.
 
     A Ray worker that takes more than `shard_seconds` for a shard, or holds more than `worker_memory_gb` (resident, 2**30 bytes
     each), is killed: a failed attempt of that shard. 0: no limit. The first shard's time includes loading the model.
@@ -110,6 +112,14 @@ class BuildConfig(Strict):
     selection: SelectionConfig = SelectionConfig()
     cluster: ClusterConfig = ClusterConfig()
     rows_per_shard: int = Field(65_536, ge=1)
+
+    @model_validator(mode="after")
+    def _resolve_dtype(self) -> BuildConfig:
+        """What is hashed, stored and used is never "auto"."""
+        if self.probe.dtype == "auto":
+            dtype = "bfloat16" if self.cluster.gpus_per_worker > 0 else "float32"
+            object.__setattr__(self, "probe", self.probe.model_copy(update={"dtype": dtype}))
+        return self
 
     @classmethod
     def from_file(cls, path: str | Path) -> BuildConfig:

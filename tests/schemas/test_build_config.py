@@ -54,3 +54,13 @@ def test_hashes() -> None:
     assert BuildConfig.parse(BASE | everything).probe_hash == BuildConfig.parse(BASE | everything | limits).probe_hash
     for change in ({"model": "n"}, {"seed": 1}, {"probe": {"tokens_per_image": 8}}):
         assert base.probe_hash != BuildConfig.parse(BASE | change).probe_hash
+
+
+def test_a_gpu_probes_in_bfloat16_unless_told_otherwise() -> None:
+    gpu = {"cluster": {"gpus_per_worker": 0.5}}
+    plain, on_gpu = BuildConfig.parse(BASE), BuildConfig.parse(BASE | gpu)
+    assert (plain.probe.dtype, on_gpu.probe.dtype) == ("float32", "bfloat16")
+    assert plain.probe_hash != on_gpu.probe_hash
+    told = BuildConfig.parse(BASE | gpu | {"probe": {"dtype": "float32"}})
+    assert told.probe_hash == plain.probe_hash
+    assert BuildConfig.parse(on_gpu.model_dump(mode="json") | {"cluster": {}}).probe.dtype == "bfloat16"
