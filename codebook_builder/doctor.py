@@ -16,7 +16,18 @@ from pathlib import Path
 
 from codebook_schemas import UserError
 
-PACKAGES = ("codebook-prune", "torch", "transformers", "ray", "faiss-cpu", "faiss-gpu", "pyarrow", "webdataset", "numpy")
+PACKAGES = (
+    "codebook-prune",
+    "torch",
+    "transformers",
+    "ray",
+    "faiss-cpu",
+    "faiss-gpu",
+    "pyarrow",
+    "webdataset",
+    "s3fs",
+    "numpy",
+)
 LEAST_DISK_GB, LEAST_MEMORY_GB, LEAST_FILES = 2.0, 4.0, 4096
 LISTENING = "0A"
 LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")

@@ -7,6 +7,7 @@ thresholds.json       quantile thresholds, resolved once
 calibration/          parts and markers of the calibration images, cascade off
 parts/                parts and markers of all images
 quarantine/           a traceback for every shard that was given up
+exclusive, claim      in an object store: whether it honours conditional puts, and the digest of the codebook that is uploaded
 ```
 """
 

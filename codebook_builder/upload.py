@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from codebook_builder.artefact import digest
+from codebook_builder.artefact import digest, manifest_exists
 from codebook_schemas import CodebookManifest, UserError
 from codebook_schemas.files import create_exclusively
 from codebook_schemas.manifest import MANIFEST
@@ -32,8 +32,9 @@ def upload(folder: Path, output: ObjectPath, claim: Place) -> None:
             f"{output} was begun by a build that selected another codebook than this one ({own[:16]}): choose another output, "
             f"or delete {claim} and what lies under {output}"
         )
+    if manifest_exists(output) and digest(output) != own:
+        raise UserError(f"{output} already holds another codebook: choose another output, or remove it")
     for name in sorted(CodebookManifest.read(folder).files):
         with open(folder / name, "rb") as handle:
             (output / name).upload(handle, "wb")
-    if not (output / MANIFEST).create((folder / MANIFEST).read_bytes()) and digest(output) != own:
-        raise UserError(f"{output} already holds another codebook: choose another output, or remove it")
+    (output / MANIFEST).create((folder / MANIFEST).read_bytes())

@@ -23,6 +23,7 @@ ONLY_IN = {
     "transformers": {"runtime/codebook_prune/adapters/loading.py"},
     "av": {"runtime/codebook_prune/video.py"},
     "webdataset": {"codebook_builder/shards.py"},
+    "fsspec": {"schemas/codebook_schemas/object_store.py"},
 }
 FILES = [(name, path) for name, folder in PACKAGES.items() for path in sorted(folder.rglob("*.py"))]
 

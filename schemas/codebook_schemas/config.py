@@ -99,7 +99,7 @@ class BuildConfig(Strict):
     """A whole build: model, images, output and the four sections above.
 
     `shards` are paths or brace patterns of WebDataset tar files; `output` is the codebook folder; scores are kept in
-    `<output>.run` so that `codebook-build select` can select again.
+    `<output>.run` so that `codebook-build select` can select again. Both may be s3:// addresses.
     """
 
     model: str

@@ -178,7 +178,8 @@ def place(text: str) -> Place:
     if "://" not in text:
         return Path(text).expanduser().absolute()
     if not _ADDRESS.fullmatch(text.rstrip("/")):
-        shown = re.sub("//.*@", "//...@", re.split("[?#]", text)[0])
+        scheme, _, rest = text.partition("://")
+        shown = f"{scheme}://..." if re.search("[@:?#]", rest) else text
         raise UserError(
             f"{one_line(shown)} is neither a local path nor of the form s3://bucket/name (credentials and endpoint are taken "
             "from the environment)"

@@ -305,7 +305,7 @@ def kill_driver(file: Path, folder: RunFolder, environment: dict[str, str]) -> N
         started = descendants(process.pid)
         process.kill()
         process.wait()
-        end(started, seconds=30)
+        end(started, seconds=8)  # Ray's agents would end by themselves, a minute later
 
 
 @pytest.mark.cluster

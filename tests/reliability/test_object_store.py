@@ -118,6 +118,16 @@ def test_a_stored_build_is_the_build_on_a_disk(stored: BuildConfig, whole: Repor
         build(stored.model_copy(update={"seed": 1}))
 
 
+def test_a_codebook_is_extended_from_a_store(store: ObjectPath, stored: BuildConfig, whole: Report, tmp_path: Path) -> None:
+    scene_shards(tmp_path / "shards", 1, IMAGES, first=50)
+    with open(tmp_path / "shards/s-000.tar", "rb") as handle:
+        (store / "more.tar").upload(handle, "wb")
+    reselect(stored, tmp_path / "book")
+    config = small_config(f"{store}/more.tar", f"{store}/extension/book", **SMALL)
+    report = Build(config, partial(run_locally, attempts=2), quiet=True).extend(tmp_path / "book")
+    assert verify(tmp_path / "book").rows == report.prototypes > whole.prototypes
+
+
 def test_a_stored_codebook_is_loaded_from_a_copy(
     stored: BuildConfig, whole: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,7 +166,8 @@ def test_commands_on_stored_folders(
 
 @pytest.mark.parametrize("address", [
     f"s3://{KEY}:{SECRET}@books/x", f"s3://{KEY}:a/{SECRET}@books/x", f"https://h/books/x?X-Amz-Signature={SECRET}",
-    f"s3://books/x?secret={SECRET}", f"s3://books/x#{SECRET}", "gs://books/x", "s3://books", "s3://books/a/../x", "s3:///x",
+    f"s3://books/x?secret={SECRET}", f"s3://books/x#{SECRET}",
+    f"s3://{KEY}:{SECRET}", f"s3://{KEY}:{SECRET}\n@books/x", "gs://books/x", "s3://books", "s3://books/a/../x", "s3:///x",
 ])  # fmt: skip
 def test_addresses_are_plain(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -284,6 +295,8 @@ def test_codebooks_are_never_mixed(store: ObjectPath, tmp_path: Path) -> None:
         check_unclaimed(output, claim)
     with pytest.raises(UserError, match=r"already holds another codebook"):
         upload(books[1], output, claim)
+    verify(output)
+    assert digest(output) == digest(books[0])
 
 
 OTHERWISE = {"min_images": 0, "inter_clusters": 1, "intra_clusters": 2}
