@@ -183,8 +183,8 @@ def cases(images: int) -> list[Case]:
     reference = load_model(str(CHECKPOINT))
     found = [Case("reference VLM", *reference, 144, probed, images, 0.35) for probed in (16, 48, 144)]
     found.append(Case("reference VLM", *reference, 144, 48, images, 0.15))
-    for side in (12, 18, 24):
-        found.append(Case("random LLaVA (d 512, 8 layers)", *random_llava(side, 512), side * side, 6, 2, 0.35))
+    for side, count in ((12, 3), (24, 2), (54, 1)):
+        found.append(Case("random LLaVA (d 512, 8 layers)", *random_llava(side, 512), side * side, 6, count, 0.35))
     return found
 
 

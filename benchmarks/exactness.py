@@ -40,11 +40,11 @@ def influence(scores: ImageScores, config: ProbeConfig) -> NDArray[np.float64]:
     return combined
 
 
-def check(config: ProbeConfig, images: int, quantile: float) -> dict[str, Any]:
-    """Probe `images` scenes both ways."""
+def check(config: ProbeConfig, images: int, quantile: float, start: int = 0) -> dict[str, Any]:
+    """Probe `images` scenes, from number `start` on, both ways."""
     model, processor = load_model(str(CHECKPOINT))
-    pictures = [render(make_scene("codebook", i)) for i in range(images)]
-    keys = [f"scene-{i}" for i in range(images)]
+    pictures = [render(make_scene("codebook", start + i)) for i in range(images)]
+    keys = [f"scene-{start + i}" for i in range(images)]
     off = Prober(model, processor, config.model_copy(update={"cascade": False}), None)
     everything = off.probe(pictures, keys)
     first = everything[:CALIBRATION]
@@ -86,6 +86,8 @@ def main() -> None:
         for scale, mode in product(scales, modes)
     ]
     publish("exactness", rows, 0, out=args.out)
+    if any(row["different"] for row in rows):
+        raise SystemExit("the cascade is not exact")
 
 
 if __name__ == "__main__":
