@@ -107,8 +107,8 @@ def test_budgets_with_no_place_or_two_are_refused() -> None:
         with pytest.raises(UserError, match=message):
             parse_pruner(text, keep_tokens=3)
         assert not PrunerSpec.parse(text).takes({"keep_tokens"})
-    with pytest.raises(UserError, match="fastv takes no threshold"):
-        parse_pruner("fastv", threshold=0.5)
+    with pytest.raises(UserError, match="context takes no threshold"):
+        parse_pruner("context", threshold=0.5)
     assert PrunerSpec.parse("fastv").takes({"keep_tokens"})
 
 
