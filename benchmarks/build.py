@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlavaForConditionalGeneration
 
 from benchmarks.build_ways import BatchedApart, GenerateEach, PlainProber, Spent
 from benchmarks.report import publish
+from codebook_builder.memory import keep_freed_memory
 from codebook_builder.probe import AUTO_BUDGET, Prober
 from codebook_builder.scores import ImageScores, low_information
 from codebook_prune import load_model
@@ -194,6 +195,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/build.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as workers do; the naive ways gain by it too
     rows = [row for case in cases(args.images) for row in compare(case)]
     publish("build", rows, 0, out=args.out)
 
