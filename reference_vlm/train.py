@@ -205,14 +205,15 @@ class Stage:
                 yield self.step
 
 
-def start_from(model: LlavaForConditionalGeneration, folder: Path) -> None:
-    """Take connector and language model of an earlier checkpoint of the same widths; words are matched by their spelling."""
+def start_from(model: LlavaForConditionalGeneration, folder: Path, *, tower: bool) -> None:
+    """Take connector and language model of an earlier checkpoint of the same widths, and its vision tower where `tower`; words
+    are matched by their spelling."""
     earlier = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     words = PreTrainedTokenizerFast.from_pretrained(folder).get_vocab()
     rows = {new: words[word] for word, new in build_tokenizer().get_vocab().items() if word in words}
     state = model.state_dict()
     for name, value in earlier.state_dict().items():
-        if "vision_tower" in name:
+        if "vision_tower" in name and not tower:
             continue
         if value.shape[0] == len(words):
             state[name][list(rows)] = value[list(rows.values())].to(state[name])
@@ -250,7 +251,8 @@ def train_language(model: LlavaForConditionalGeneration, options: argparse.Names
     decoder = torch.compile(inner.language_model, dynamic=True) if options.compiled else inner.language_model
 
     def draw(step: int) -> Batch:
-        sheets = draw_sheets(step, options.budget, np.random.default_rng((11, step)))
+        number = options.first + step
+        sheets = draw_sheets(number, options.budget, np.random.default_rng((11, number)))
         return {**pack(sheets), "pixels": pixels_of([scene for sheet in sheets for scene in sheet.scenes])}
 
     def loss(batch: Batch) -> Tensor:
@@ -258,7 +260,7 @@ def train_language(model: LlavaForConditionalGeneration, options: argparse.Names
             return answer_loss(model, decoder, to_device(batch, model.device))
 
     if options.start is not None:
-        start_from(model, options.start)
+        start_from(model, options.start, tower=not options.vision_steps)
     trained = [inner.multi_modal_projector, inner.language_model, model.lm_head]
     for step in Stage("language", options.out, trained, options.steps, options.lr).run(draw, loss):
         if step % 1000 == 0:
@@ -286,7 +288,8 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=3600, help="tokens per step of stage 1")
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--width", type=int, default=128, help="LLM hidden size")
-    parser.add_argument("--start", type=Path, help="begin stage 1 with the connector and LLM of this checkpoint")
+    parser.add_argument("--start", type=Path, help="begin stage 1 with this checkpoint; its tower too with --vision-steps 0")
+    parser.add_argument("--first", type=int, default=0, help="number of stage 1's first step: another one draws other scenes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compiled", action="store_true", help="use torch.compile (needs a C++ compiler): a fifth faster")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
