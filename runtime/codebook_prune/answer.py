@@ -84,13 +84,17 @@ class Asker:
         images or as one video.
 
         Raises:
-            UserError: the prompt is longer than the model's context, or the budget does not fit the number of images.
+            UserError: the model's processor refuses the input, what is left of the prompt is longer than the model's context,
+                the device has too little memory, or the budget does not fit the number of images.
         """
         inputs = self._inputs(media)
-        if media.is_video and self.takes_videos:
-            grids = self._grids(inputs)
-            pruners = [None if pruner is None else per_frame(pruner, grids) for pruner in pruners]
-        return self._measure(inputs, pruners)
+        try:
+            if media.is_video and self.takes_videos:
+                grids = self._grids(inputs)
+                pruners = [None if pruner is None else per_frame(pruner, grids) for pruner in pruners]
+            return self._measure(media, inputs, pruners)
+        except torch.OutOfMemoryError:
+            raise UserError(f"{media.name}: {self.model.device} is out of memory: give fewer or smaller pictures") from None
 
     @property
     def takes_videos(self) -> bool:
@@ -102,27 +106,37 @@ class Asker:
         content = [{"type": "image"}] * len(media.pictures)
         given: dict[str, Any] = {"images": media.pictures}
         if media.is_video and self.takes_videos:
-            content, given = [{"type": "video"}], {"videos": [media.pictures]}
+            content = [{"type": "video"}]
+            given = {"videos": [media.pictures], "video_metadata": [media.metadata], "do_sample_frames": False}
         text = chat_text(self.processor, content, self.prompt)
-        inputs = self.processor(text=[text], return_tensors="pt", **given)
-        length = inputs["input_ids"].shape[1]
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and length + self.max_new_tokens > limit:
-            raise UserError(
-                f"{media.file}: a prompt of {length} tokens and an answer of {self.max_new_tokens} do not fit the {limit} of "
-                "this model: give fewer frames, a shorter question or a lower --max-new-tokens"
-            )
-        return inputs.to(self.model.device)
+        try:
+            return self.processor(text=[text], return_tensors="pt", **given).to(self.model.device)
+        except ValueError as error:
+            raise UserError(f"{media.name}: this model's processor refuses it: {str(error).splitlines()[0]}") from None
 
     @torch.inference_mode()
     def _grids(self, inputs: Any) -> int:
-        """How many grids of tokens the model makes of the video: its frames, or fewer where it joins some."""
+        """How many grids of tokens the model makes of one item: a video's frames, or fewer where it joins some; one where it
+        takes every frame as an image."""
         with UniformPruner(keep_ratio=1.0)(self.model) as stats:
             self.model(**inputs, logits_to_keep=1)
-        return sum(len(torch.unique(frame)) for frame in stats.frame)
+        return max(len(torch.unique(frame)) for frame in stats.frame)
+
+    def _check_length(self, media: Media, inputs: Any, pruner: AnyPruner | None) -> None:
+        """Refuse a prompt that goes beyond the positions the model knows, as the pruner that just ran numbers them."""
+        length = inputs["input_ids"].shape[1]
+        if pruner is not None and closes_gaps(pruner):
+            length -= sum(pruner.stats.tokens_before) - sum(pruner.stats.tokens_after)
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and length + self.max_new_tokens > limit:
+            raise UserError(
+                f"{media.name}: a prompt of {length} tokens and an answer of {self.max_new_tokens} do not fit the {limit} of "
+                "this model: keep fewer tokens with compact positions, or give fewer frames, a shorter question or a lower "
+                "--max-new-tokens"
+            )
 
     @torch.inference_mode()
-    def _measure(self, inputs: Any, pruners: Sequence[AnyPruner | None]) -> list[Run]:
+    def _measure(self, media: Media, inputs: Any, pruners: Sequence[AnyPruner | None]) -> list[Run]:
         prefill: list[list[float]] = [[] for _ in pruners]
         prune: list[list[float]] = [[] for _ in pruners]
         for _ in range(1 + ROUNDS):
@@ -130,6 +144,7 @@ class Asker:
                 with nullcontext() if pruner is None else pruner(self.model):
                     prefill[number].append(self._timed(lambda: self.model(**inputs, logits_to_keep=1))[1])
                     prune[number].append(0.0 if pruner is None else 1000 * pruner.stats.seconds)
+                self._check_length(media, inputs, pruner)
         times = [[statistics.median(all_of[1:]) for all_of in pair] for pair in zip(prefill, prune, strict=True)]
         return [self._run(inputs, pruner, *pair) for pruner, pair in zip(pruners, times, strict=True)]
 
@@ -155,6 +170,12 @@ class Asker:
         if on_gpu:
             torch.cuda.synchronize(self.model.device)
         return result, 1000 * (time.perf_counter() - began)
+
+
+def closes_gaps(pruner: AnyPruner) -> bool:
+    """Whether what a pruner drops before layer 0 leaves no gaps in the positions."""
+    members = pruner.pruners if isinstance(pruner, PrunerChain) else (pruner,)
+    return any(isinstance(member, Pruner) and member.positions == "compact" for member in members)
 
 
 def per_frame(pruner: AnyPruner, frames: int) -> AnyPruner:

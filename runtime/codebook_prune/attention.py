@@ -73,8 +73,11 @@ class Tap:
             pass
         finally:
             self.dry = False
-        if cache is not None and self.key is not None and cache.get_seq_length(self.number):
-            self.key = torch.cat([cache.layers[self.number].keys, self.key], 2)
+        if self.query is None or self.key is None:
+            return
+        self.query, self.key = self.query.to(hidden.device), self.key.to(hidden.device)  # the layer may be on another device
+        if cache is not None and cache.get_seq_length(self.number):
+            self.key = torch.cat([cache.layers[self.number].keys.to(hidden.device), self.key], 2)
 
 
 def tapped_attention(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -39,7 +39,7 @@ def pruned(
         if isinstance(pruner, Pruner):
             pruner.check(adapter)
     engine = Engine(adapter, pruners, stats, full_length)
-    stats.reset()
+    stats.reset(len(engine.drops.layers))
     handles: list[Any] = []
     try:
         engine.install(handles)

@@ -86,24 +86,30 @@ class Budget:
         keep = lowest(scores, self.min_keep if count is None else count)
         return keep if self.threshold is None else keep | (scores < self.threshold)
 
-    def per_image(self, rows: Sequence[int], batch: int) -> list[int | None]:
+    def per_image(self, rows: Sequence[int], prompts: Tensor) -> list[int | None]:
         """`keep_tokens` of every image of a call, None where all images share one budget.
 
         `generate` repeats every prompt for its beams or returned sequences; the budgets are repeated with it.
 
         Args:
             rows: the batch row of every image, ascending.
-            batch: rows of the call.
+            prompts: [batch, columns] long, the token ids of the call's rows, by which repeated prompts are known.
 
         Raises:
             UserError: the tuple has not one number for each image.
         """
         if not isinstance(self.keep_tokens, tuple):
             return [None] * len(rows)
-        origin = sources(rows, batch, len(self.keep_tokens))
-        if origin is None:
+        origin = sources(rows, len(prompts), len(self.keep_tokens))
+        if origin is None or not _repeated(prompts, len(rows) // len(self.keep_tokens)):
             raise UserError(f"keep_tokens has {len(self.keep_tokens)} numbers for {len(rows)} images: give one for each image")
         return [self.keep_tokens[image] for image in origin]
+
+
+def _repeated(prompts: Tensor, copies: int) -> bool:
+    """Whether every row of [batch, columns] stands there `copies` times in a row."""
+    groups = prompts.view(-1, copies, prompts.shape[1])
+    return bool((groups == groups[:, :1]).all())
 
 
 def sources(rows: Sequence[int], batch: int, given: int) -> list[int] | None:

@@ -4,7 +4,7 @@ sequence, put into its terms."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,16 @@ class CacheState:
     def pruned(self) -> bool:
         """Whether anything was dropped."""
         return self.full > 0
+
+    def without(self, last: int) -> CacheState:
+        """The state that leaves its `last` columns, all of them kept, to the later ones: the cache may be cut there."""
+        mask = self.mask if self.mask is None or not last else self.mask[:, :-last]
+        return replace(self, full=self.full - last, width=self.width - last, mask=mask)
+
+    def on(self, device: torch.device) -> CacheState:
+        """The state with its tensors on a device."""
+        shift = self.shift.to(device) if isinstance(self.shift, Tensor) else self.shift
+        return replace(self, mask=None if self.mask is None else self.mask.to(device), shift=shift)
 
     def seen(self, cached: int) -> int:
         """Unpruned columns that a cache of `cached` columns stands for."""
@@ -79,7 +89,7 @@ class CacheState:
         if cached == 0 or (self.mask is None and mask is None):
             return None, new
         rows = self.rows if self.mask is not None else len(mask) if mask is not None else 0
-        start = torch.ones(rows, self.width, dtype=torch.bool, device=device) if self.mask is None else self.mask
+        start = torch.ones(rows, self.width, dtype=torch.bool, device=device) if self.mask is None else self.mask.to(device)
         rest = torch.ones(rows, cached - self.width, dtype=torch.bool, device=device)
         return torch.cat([start, rest if mask is None else mask[:, self.full : self.seen(cached)]], 1), new
 

@@ -45,7 +45,12 @@ class Question:
     model: Annotated[str, typer.Option(help="Model folder or Hub id; 'reference' is the package's own.")]
     prompt: Annotated[str, typer.Option(help="The question.")]
     codebook: Annotated[str | None, typer.Option(help="Codebook folder or Hub id, built from this model.")] = None
-    keep_tokens: Annotated[int | None, typer.Option(help="Budget: visual tokens kept of every image or frame.")] = None
+    keep_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Budget: visual tokens kept of every image or frame; by a pruner inside the decoder, of all in the prompt."
+        ),
+    ] = None
     keep_ratio: Annotated[float | None, typer.Option(help="Budget: fraction of the visual tokens kept, in (0, 1].")] = None
     threshold: Annotated[float | None, typer.Option(help="Budget: keep tokens whose redundancy is lower than this.")] = None
     positions: Annotated[
@@ -126,6 +131,7 @@ def image(
     overlay: Annotated[
         Path | None, typer.Option(help="Write a picture of what was kept; with several files, one each, named after it.")
     ] = None,
+    together: Annotated[bool, typer.Option("--together", help="All images in one prompt; --keep-tokens is for each.")] = False,
     as_json: Json = False,
 ) -> int:
     """Ask a question about images with their redundant visual tokens dropped."""
@@ -134,9 +140,10 @@ def image(
 
     chosen = question.pruners([pruner or question.default_pruner])
     found = expand(files, IMAGES)
-    pictures = overlay_paths(overlay, found)
+    inputs = [found] if together else [[file] for file in found]
+    pictures = overlay_paths(overlay, found[: len(inputs)])
     check_some(found, None)
-    return answer_each(question.asker(), found, None, [*chosen, None] if compare else chosen, pictures, as_json)
+    return answer_each(question.asker(), inputs, None, [*chosen, None] if compare else chosen, pictures, as_json)
 
 
 @app.command()
@@ -162,7 +169,8 @@ def video(
     found = expand(files, VIDEOS)
     pictures = overlay_paths(overlay, found, (".mp4", *PICTURES))
     check_some(found, sampling)
-    return answer_each(question.asker(), found, sampling, [*chosen, None] if compare else chosen, pictures, as_json)
+    inputs = [[file] for file in found]
+    return answer_each(question.asker(), inputs, sampling, [*chosen, None] if compare else chosen, pictures, as_json)
 
 
 @app.command()

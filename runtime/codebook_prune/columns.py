@@ -32,6 +32,7 @@ def gather_columns(values: Tensor, index: Tensor) -> Tensor:
 
 def spread(values: Tensor, index: Tensor, valid: Tensor, length: int) -> Tensor:
     """Undo `packed`: [batch, length, d] with `values` [batch, new, d] at the columns they came from, zeros at all others."""
+    index, valid = index.to(values.device), valid.to(values.device)
     values = values.masked_fill(~valid.unsqueeze(-1), 0)
     zeros = values.new_zeros(len(values), length, values.shape[-1])
     return zeros.scatter(1, index.unsqueeze(-1).expand_as(values), values)

@@ -20,7 +20,7 @@ COLUMNS = 4
 
 
 def draw_answer(media: Media, run: Run, image_processor: Any, path: Path) -> None:
-    """Write what one pruner kept: an image beside itself; of a video a contact sheet, or, to an .mp4, a video.
+    """Write what one pruner kept: images beside themselves; of a video a contact sheet, or, to an .mp4, a video.
 
     Raises:
         UserError: the file cannot be written.
@@ -33,8 +33,10 @@ def draw_answer(media: Media, run: Run, image_processor: Any, path: Path) -> Non
         captions = [f"{time:.1f} s: {count}" for time, count in zip(media.seconds, counts, strict=True)]
         save_picture(sheet(drawn, captions, min(COLUMNS, math.ceil(math.sqrt(len(drawn))))), path)
     else:
-        captions = [f"{run.tokens_before} tokens", f"{run.tokens_final} tokens kept"]
-        save_picture(sheet([enlarged(media.pictures[0])[0], *drawn], captions, 2), path)
+        whole = [enlarged(picture)[0] for picture in media.pictures]
+        pairs = [picture for pair in zip(whole, drawn, strict=True) for picture in pair]
+        captions = [text for count in counts for text in (f"{count.split()[-1]} tokens", f"{count.split()[0]} tokens kept")]
+        save_picture(sheet(pairs, captions, 2), path)
 
 
 def draw_comparison(media: Media, names: Sequence[str], runs: Sequence[Run], image_processor: Any, path: Path) -> None:
@@ -51,9 +53,9 @@ def draw_comparison(media: Media, names: Sequence[str], runs: Sequence[Run], ima
             drawn, counts = kept_pictures(media, run, image_processor)
         pictures += drawn
         times = [f"{time:.1f} s  {count}".strip() for time, count in zip(media.seconds, counts, strict=False)]
-        first = "\n".join([*times[:1], f"{name}: {run.tokens}", run.answer])
+        first = "\n".join([*times[:1], f"{name}: {run.tokens}, prefill {run.prefill_ms:.0f} ms", run.answer])
         captions += [first, *times[1:]]
-    columns = len(media.pictures) if media.is_video else min(COLUMNS, len(pictures))
+    columns = len(media.pictures) if len(media.pictures) > 1 else min(COLUMNS, len(pictures))
     save_picture(sheet(pictures, captions, columns), path)
 
 

@@ -66,6 +66,7 @@ class Engine:
         self._call: Arguments | None = None
         self._state = UNPRUNED
         self._labels: Tensor | None = None
+        self._drafted = 0
         self._left: tuple[Tensor, Tensor] | None = None  # the call's columns that enter, as `packed` gives them; None: all
         self._length = 0  # the call's columns before any drop
 
@@ -81,9 +82,12 @@ class Engine:
         handles.append(decoder.register_forward_hook(self.after_decoder, with_kwargs=True))
 
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> tuple[tuple[()], Arguments] | None:
-        """Take labels over, to be ignored where tokens are dropped; refuse them where logits have the pruned length."""
+        """Learn how many tokens behind the prompt are only drafted. Take labels over, to be ignored where tokens are dropped;
+        refuse them where logits have the pruned length."""
         self._labels = None
         call = named(self._names[module], args, kwargs)
+        asked = call.get("logits_to_keep")
+        self._drafted = asked - 1 if isinstance(asked, int) and asked > 1 else 0
         if call.get("labels") is None:
             return None
         if not self.full_length:
@@ -127,20 +131,24 @@ class Engine:
         for held in stages.values():
             held.check_rows(len(kwargs["inputs_embeds"]))
         self._state, self._left, self._length, images = state, None, kwargs["inputs_embeds"].shape[1], None
+        drafted = self._behind_prompt(call)
         kwargs = kwargs | numbered(call, kwargs, state, cached)
         changed = continued(kwargs, state, cached) if state.pruned else {}
         if brings_images(call):
             with self.stats.timed(kwargs["inputs_embeds"].device):
                 embeds, positions = kwargs["inputs_embeds"], kwargs.get("position_ids")
-                images = entering_images(self.adapter, call, embeds, positions, self.with_text, self.encoder)
+                images = entering_images(
+                    self.adapter, call, embeds, positions, drafted if self.with_text else None, self.encoder
+                )
                 chosen = None if images is None else self._choose(images, embeds)
                 if chosen is not None:
                     embeds, keep = chosen
                     changed, self._state = self._shortened(kwargs | {"inputs_embeds": embeds}, keep, state, cached)
+                    self._state = self._state.without(drafted)
         if changed and self.adapter.own_masks:
             changed["attention_mask"] = self.adapter.masks(kwargs | changed, self._types(call, cached))
         if self.drops.plan:
-            self.drops.begin(self._entered(kwargs, changed, images, state, stages))
+            self.drops.begin(self._entered(kwargs, changed, images, state, stages, drafted))
         return ((), kwargs | changed) if changed else None
 
     def after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments, output: Any) -> None:
@@ -153,6 +161,15 @@ class Engine:
             if self._labels is not None:
                 ignore_unpredicted(self._labels, *left)
         self._left = self._labels = None
+
+    def _behind_prompt(self, call: Arguments) -> int:
+        """How many of the call's last tokens only follow its prompt: text drafted by prompt lookup or an assistant, whose
+        logits are asked for beside those of the prompt's last. They choose nothing, stay, and may be cut off the cache."""
+        drafted, self._drafted = self._drafted, 0
+        ids, mask = call["input_ids"], call.get("attention_mask")
+        if not 0 < drafted < ids.shape[1] or bool(self.adapter.visual_mask(ids[:, -drafted:]).any()):
+            return 0
+        return drafted if mask is None or bool(mask[:, -drafted:].all()) else 0
 
     def _types(self, call: Arguments, cached: int) -> Tensor | None:
         """The call's `token_type_ids` of the columns that enter the decoder."""
@@ -176,6 +193,7 @@ class Engine:
         images: EnteringImages | None,
         state: CacheState,
         stages: dict[int, CacheState],
+        drafted: int,
     ) -> Entered:
         """The call as the decoder layers are told of it: `changed` is what differs from the caller's `kwargs`."""
         cached = layer_length(kwargs.get("past_key_values"))
@@ -194,6 +212,7 @@ class Engine:
             images=images,
             state=state,
             stages=stages,
+            drafted=drafted,
         )
 
     def _shortened(self, kwargs: Arguments, keep: Tensor, state: CacheState, cached: int) -> tuple[Arguments, CacheState]:
@@ -223,7 +242,7 @@ class Engine:
     def _choose(self, images: EnteringImages, embeds: Tensor) -> tuple[Tensor, Tensor] | None:
         """Input embeddings of a call, merged where a pruner did so, and keep mask [batch, length] bool; None when everything
         stays. Counts."""
-        chosen = choose(self.pruners, images, len(embeds)) if self.pruners else None
+        chosen = choose(self.pruners, images) if self.pruners else None
         masks = None if chosen is None else chosen.masks
         after = images.lengths if masks is None else torch.stack([mask.sum() for mask in masks]).tolist()
         self.stats.count(images.layouts, after, masks)

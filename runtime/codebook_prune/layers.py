@@ -35,7 +35,8 @@ class Entered:
 
     prompt: whether this call may drop. given: the caller's mask [batch, seen + length], of the unpruned sequence. length: the
     call's columns before any drop. index: [batch, columns] long, which of these enter (None: all). valid: [batch, columns]
-    bool. positions: [batch, columns] long. images: those of the call. state, stages: of the cache before the call.
+    bool. positions: [batch, columns] long. images: those of the call. state, stages: of the cache before the call. drafted: how
+    many of the last columns are text that only follows the prompt: it ranks nothing and stays.
     """
 
     prompt: bool
@@ -47,6 +48,15 @@ class Entered:
     images: EnteringImages | None
     state: CacheState
     stages: dict[int, CacheState]
+    drafted: int = 0
+
+    @property
+    def asking(self) -> Tensor:
+        """[batch, columns] bool: the prompt's valid columns."""
+        if not self.drafted:
+            return self.valid
+        columns = torch.arange(self.valid.shape[1], device=self.valid.device)
+        return self.valid & (columns < len(columns) - self.drafted)
 
 
 class LayerDrops:
@@ -84,11 +94,13 @@ class LayerDrops:
         self._call = call
         self._now: Arguments | None = None  # what the layers of this stage are given instead of the decoder's arguments
         self._valid, self._even = call.valid, False  # of the columns alive; whether all are known to be valid
+        self._positions = call.positions  # of the entering columns
         self._column: Tensor | None = None  # [batch, alive] which entering column each is; None: all, in place
         self._closed: Tensor | None = None  # [batch, columns] gaps closed in front of each by compact drops
         self._stages, self._kept = dict(call.stages), list[tuple[int, Tensor]]()
         self._visual, self._image = _candidates(call)
-        text, pictured = call.valid & (self._image < 0), self._image >= 0
+        self._prompt = call.asking
+        text, pictured = self._prompt & (self._image < 0), self._image >= 0
         self._number = text.cumsum(1).sub_(1).masked_fill_(~text, -1)  # of text tokens among themselves
         self._beside = torch.zeros_like(text)
         self._beside[:, 1:] |= pictured[:, :-1]
@@ -114,7 +126,8 @@ class LayerDrops:
             self._count(call)
         left = None
         if self._column is not None:
-            left = self._column if call.index is None else call.index.gather(1, self._column), self._valid
+            column = self._column
+            left = column if call.index is None else call.index.to(column.device).gather(1, column), self._valid
         self._now = self._column = self._closed = None
         self._kept = []
         return dict(sorted(self._stages.items())), left
@@ -125,6 +138,7 @@ class LayerDrops:
         if call is None:
             return None
         hidden = args[0]
+        self._follow(hidden.device)
         if number in call.stages:
             self._now = self._stage(call, number, hidden, kwargs)
         if call.prompt and number in self.plan:
@@ -134,24 +148,33 @@ class LayerDrops:
                     self._now = self._stage(call, number, hidden, kwargs)
         return None if self._now is None else ((hidden, *args[1:]), kwargs | self._now)
 
+    def _follow(self, device: torch.device) -> None:
+        """Where layers are spread over devices, take along to the next one what the call hands on."""
+        if self._valid.device == device:
+            return
+        for name in ("_prompt", "_valid", "_positions", "_visual", "_image", "_number", "_beside", "_column", "_closed"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else value.to(device))
+
     def _drop(
         self, call: Entered, number: int, planned: list[tuple[LayerPruner, Tap]], hidden: Tensor, kwargs: Arguments
     ) -> Tensor:
         """What is left of the layer's input [batch, alive, d] after its pruners."""
-        entering = (self._visual, self._image, self._number, self._beside)
-        visual, image, texts, beside = (x if self._column is None else x.gather(1, self._column) for x in entering)
-        text, entered, spoken = self._valid & (image < 0), self._visual.sum(1), self._number.amax(1) + 1
-        texts = texts.masked_fill(~self._valid, -1)
+        entering = (self._prompt, self._visual, self._image, self._number, self._beside)
+        asking, visual, image, texts, beside = (x if self._column is None else x.gather(1, self._column) for x in entering)
+        asking = asking & self._valid
+        text, entered, spoken = asking & (image < 0), self._visual.sum(1), self._number.amax(1) + 1
+        texts = texts.masked_fill(~asking, -1)
         gone = torch.zeros_like(self._valid)
         closing = [torch.zeros_like(gone)]
         for pruner, tap in planned:
             if tap.number == number:
                 tap.dry_run(hidden, kwargs)
             view = LayerView(
-                layer=number, depth=len(self.layers), valid=self._valid, visual=visual & self._valid, text=text,
+                layer=number, depth=len(self.layers), valid=asking, visual=visual & asking, text=text,
                 entered=entered, number=texts, texts=spoken, beside=beside, seen=self._seen(call, tap), tap=tap,
             ).without(gone)  # fmt: skip
-            more = self._valid & ~gone & ~pruner.keep(view) & ~last_column(self._valid)
+            more = asking & ~gone & ~pruner.keep(view) & ~last_column(asking)
             gone = gone | more
             closing += [more] if pruner.positions == "compact" and self.renumber else []
         if not bool(gone.any()):
@@ -160,7 +183,7 @@ class LayerDrops:
             self._close(torch.stack(closing).any(0))
         index, self._valid, self._even = packed(self._valid & ~gone)
         self._column = index if self._column is None else self._column.gather(1, index)
-        kept = torch.zeros_like(call.valid).scatter_(1, self._column, self._valid)
+        kept = torch.zeros_like(self._visual).scatter_(1, self._column, self._valid)
         self._kept.append((number, kept))
         return gather_columns(hidden, index)
 
@@ -185,7 +208,7 @@ class LayerDrops:
 
     def _stage(self, call: Entered, number: int, hidden: Tensor, kwargs: Arguments) -> Arguments:
         """Mask and positions of a layer and those behind it; notes what their caches will hold."""
-        state, cached = self._before(call, number), layer_length(kwargs.get("past_key_values"), number)
+        state, cached = self._before(call, number).on(hidden.device), layer_length(kwargs.get("past_key_values"), number)
         rows, length = hidden.shape[:2]
         state.check_rows(rows)
         past, _ = state.split_mask(call.given, cached, hidden.device)
@@ -193,20 +216,21 @@ class LayerDrops:
         mask = None if full else join(past, self._valid, rows, cached, length)
         if self._column is not None or call.index is not None:
             shift = state.shift if self._closed is None else state.shift + self._closed[:, -1:]
-            self._stages[number] = CacheState(rows, state.seen(cached) + call.length, cached + length, mask, shift)
+            after = CacheState(rows, state.seen(cached) + call.length, cached + length, mask, shift)
+            self._stages[number] = after.without(call.drafted)
         return {
             "attention_mask": causal_mask(self.decoder.config, hidden, mask, kwargs.get("past_key_values"), number),
-            "position_embeddings": self._rotary(call, state, hidden, kwargs["position_embeddings"]),
+            "position_embeddings": self._rotary(state, hidden, kwargs["position_embeddings"]),
             "position_ids": None,
         }
 
-    def _rotary(self, call: Entered, state: CacheState, hidden: Tensor, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _rotary(self, state: CacheState, hidden: Tensor, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """(cos, sin) of the alive columns: the decoder's own, or those of the renumbered positions."""
         if self._closed is None and not isinstance(state.shift, Tensor):
             if self._column is None:
                 return given
-            return tuple(gather_columns(x.expand(len(hidden), -1, -1), self._column) for x in given)
-        positions = call.positions - state.shift
+            return tuple(gather_columns(x.to(hidden.device).expand(len(hidden), -1, -1), self._column) for x in given)
+        positions = self._positions - state.shift
         if self._closed is not None:
             positions = positions - self._closed
         if self._column is not None:
@@ -217,20 +241,18 @@ class LayerDrops:
 
     def _count(self, call: Entered) -> None:
         """Add to the statistics what was dropped inside the decoder in this call."""
-        text = call.valid & (self._image < 0)
-        steps = [(0, call.valid), *self._kept]
+        text = self._prompt & (self._image < 0)
+        steps = [(0, call.valid.to(text.device)), *((layer, kept.to(text.device)) for layer, kept in self._kept)]
         self.stats.count_text(*torch.stack([text.sum(1), (text & steps[-1][1]).sum(1)]).tolist())
         if call.images is None:
             return
         images = torch.arange(len(call.images.lengths), device=text.device)
         counts = torch.stack([(self._image[keep].unsqueeze(1) == images).sum(0) for _, keep in steps])
-        spans = [b - a for (a, _), (b, _) in zip(steps, [*steps[1:], (len(self.layers), None)], strict=True)]
-        averages = (counts * counts.new_tensor(spans).unsqueeze(1)).sum(0) / len(self.layers)
         final = torch.zeros(len(text), call.length, dtype=torch.bool, device=text.device)
-        place = torch.arange(call.length, device=text.device).expand(len(text), -1) if call.index is None else call.index
-        final.scatter_(1, place, steps[-1][1])
-        kept = list(torch.split(final.view(-1)[call.images.column], call.images.lengths))
-        self.stats.deepen(counts[-1].tolist(), averages.tolist(), kept)
+        place = torch.arange(call.length).expand(len(text), -1) if call.index is None else call.index
+        final.scatter_(1, place.to(text.device), steps[-1][1])
+        kept = list(torch.split(final.view(-1)[call.images.column.to(text.device)], call.images.lengths))
+        self.stats.deepen([layer for layer, _ in steps], counts.tolist(), kept)
 
 
 def _candidates(call: Entered) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -19,16 +20,41 @@ VIDEOS = (".asf", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg
 
 @dataclass(frozen=True)
 class Media:
-    """An image, or a video's frames, upright RGB; `seconds` are the frames' times, none for an image."""
+    """Images of one prompt, each from its file, or a video's frames, upright RGB; `seconds` are the frames' times, none for
+    images."""
 
-    file: Path
+    files: tuple[Path, ...]
     pictures: list[Image.Image]
     seconds: tuple[float, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The file, or all of them."""
+        return ", ".join(map(str, self.files))
 
     @property
     def is_video(self) -> bool:
         """Whether the pictures are frames of a video."""
         return bool(self.seconds)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """When a video's frames are shown, as transformers' video processors ask for it: frames counted in milliseconds. The
+        frames are taken to stand for equal parts of the video; a single one for a second."""
+        first, last, number = self.seconds[0], self.seconds[-1], len(self.seconds)
+        duration = number * (last - first) / (number - 1) if number > 1 else 1.0
+        indices = [round(1000 * time) for time in self.seconds]
+        total = max(round(1000 * duration), indices[-1] + 1)
+        return {"total_num_frames": total, "fps": 1000.0, "duration": total / 1000, "frames_indices": indices}
+
+
+def open_images(files: Sequence[Path]) -> Media:
+    """Images for one prompt.
+
+    Raises:
+        UserError: as `open_media`.
+    """
+    return Media(tuple(files), [picture for file in files for picture in open_media(file, None).pictures])
 
 
 def open_media(file: Path, sampling: Sampling | None) -> Media:
@@ -41,11 +67,11 @@ def open_media(file: Path, sampling: Sampling | None) -> Media:
     if sampling is None:
         if suffix in VIDEOS:
             raise UserError(f"{file} is a video: use codebook-prune video")
-        return Media(file, [open_image(file)])
+        return Media((file,), [open_image(file)])
     if suffix in IMAGES and suffix != ".gif":  # which is both
         raise UserError(f"{file} is an image: use codebook-prune image")
     frames, seconds = read_frames(file, sampling)
-    return Media(file, frames, tuple(seconds))
+    return Media((file,), frames, tuple(seconds))
 
 
 def expand(arguments: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:

@@ -25,51 +25,59 @@ if TYPE_CHECKING:
 
 def answer_each(
     asker: Asker,
-    files: Sequence[Path],
+    inputs: Sequence[Sequence[Path]],
     sampling: Sampling | None,
     pruners: Sequence[AnyPruner | None],
     pictures: Sequence[Path | None],
     as_json: bool,
 ) -> int:
-    """Answer about every file, past those that cannot be used; what was answered is shown also when interrupted.
+    """Answer about every input, past those that cannot be used; what was answered is shown also when interrupted.
+
+    Args:
+        asker: the model and the question.
+        inputs: the files of each: one, or the images of one prompt.
+        sampling: of videos.
+        pruners: the first is the one asked for; behind it None, where it is compared with no pruning.
+        pictures: where to draw what was kept, one an input.
+        as_json: one JSON line an input instead of a table.
 
     Returns:
         The exit code: 0, 1 (some files could not be used) or 2 (none could).
     """
     from codebook_prune.drawing import draw_answer
-    from codebook_prune.media import open_media
+    from codebook_prune.media import open_images, open_media
 
     asker.check([pruner for pruner in pruners if pruner is not None])
-    table, failed = new_table("file", ""), list[Path]()
+    table, failed = new_table("file", ""), list[str]()
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     try:
-        with Progress(*columns, console=console, disable=len(files) == 1 or not console.is_terminal) as progress:
-            for file, picture in zip(progress.track(files, description="answering"), pictures, strict=True):
+        with Progress(*columns, console=console, disable=len(inputs) == 1 or not console.is_terminal) as progress:
+            for files, picture in zip(progress.track(inputs, description="answering"), pictures, strict=True):
                 try:
-                    media = open_media(file, sampling)
+                    media = open_images(files) if sampling is None else open_media(files[0], sampling)
                     pruned, *plain = asker.ask(media, pruners)
                     if picture is not None:
                         draw_answer(media, pruned, asker.image_processor, picture)
                 except UserError as error:
-                    failed.append(file)
+                    failed.append(", ".join(map(str, files)))
                     console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
                     if as_json:
-                        write_line({"file": str(file), "error": str(error)})
+                        write_line({**named(files), "error": str(error)})
                     continue
                 if as_json:
                     unpruned = {"unpruned": plain[0].as_dict()} if plain else {}
                     write_line(of_file(media) | pruned.as_dict() | unpruned | written(picture))
-                add_row(table, (str(file), "pruned"), pruned)
+                add_row(table, (media.name, "pruned"), pruned)
                 for run in plain:
                     add_row(table, ("", "unpruned"), run)
     finally:
         if not as_json and table.row_count:
             Console().print(table)
-    if failed and len(files) > 1:
-        names = ", ".join(map(str, failed[:5])) + (", ..." if len(failed) > 5 else "")
-        complain(f"{len(failed)} of {len(files)} files could not be used: {names}")
-    return 0 if not failed else 1 if len(failed) < len(files) else 2
+    if failed and len(inputs) > 1:
+        names = ", ".join(failed[:5]) + (", ..." if len(failed) > 5 else "")
+        complain(f"{len(failed)} of {len(inputs)} files could not be used: {names}")
+    return 0 if not failed else 1 if len(failed) < len(inputs) else 2
 
 
 def print_comparison(media: Media, names: Sequence[str], runs: Sequence[Run], picture: Path | None, as_json: bool) -> None:
@@ -113,10 +121,15 @@ def print_codebook(name: str, codebook: Codebook, as_json: bool) -> None:
     Console().print(table)
 
 
+def named(files: Sequence[Path]) -> dict[str, Any]:
+    """What JSON calls an input: its file, or the files of all images of a prompt."""
+    return {"file": str(files[0])} if len(files) == 1 else {"files": [str(file) for file in files]}
+
+
 def of_file(media: Media) -> dict[str, Any]:
-    """What JSON says of a file: its name; of a video also the second each frame is shown at."""
+    """What JSON says of an input: its name; of a video also the second each frame is shown at."""
     frames = {"frames": [round(time, 3) for time in media.seconds]} if media.is_video else {}
-    return {"file": str(media.file), **frames}
+    return named(media.files) | frames
 
 
 def written(picture: Path | None) -> dict[str, str]:

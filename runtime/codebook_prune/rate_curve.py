@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,18 @@ class RateCurve:
     def __call__(self, tokens: int) -> float:
         """The rate for a prompt of so many text tokens."""
         return min(max(self.a * tokens**2 + self.b * tokens + self.c, 0.0), self.cap)
+
+    @classmethod
+    def of(cls, coefficients: Sequence[float]) -> RateCurve:
+        """The curve of (a, b, c) or (a, b, c, cap), as a command line gives it.
+
+        Raises:
+            UserError: not three or four numbers, or as `RateCurve`.
+        """
+        numbers = all(isinstance(value, float | int) and not isinstance(value, bool) for value in coefficients)
+        if not numbers or len(coefficients) not in (3, 4):
+            raise UserError(f"a rate curve is (a, b, c) or (a, b, c, cap), all numbers, not {tuple(coefficients)!r}")
+        return cls(*coefficients)
 
     @classmethod
     def fit(cls, sweeps: Mapping[int, Mapping[float, float]], cap: float = 0.5) -> RateCurve:

@@ -20,12 +20,18 @@ class EnteringImages:
     """The images and videos of one call, in the order they enter.
 
     items: where they belong. tokens: every item's visual tokens. column: [n] place of all of these in the flattened
-    [batch * length] sequence.
+    [batch * length] sequence. ids: [batch, length] long, the token ids.
     """
 
     items: list[Item]
     tokens: list[VisualTokens]
     column: Tensor
+    ids: Tensor
+
+    @property
+    def prompts(self) -> Tensor:
+        """[batch, columns] long, the token ids up to the last visual token."""
+        return self.ids[:, : 1 + int((self.column % self.ids.shape[1]).max())]
 
     @property
     def lengths(self) -> list[int]:
@@ -43,12 +49,13 @@ def entering_images(
     call: Mapping[str, Any],
     embeds: Tensor,
     position_ids: Tensor | None,
-    with_text: bool = False,
+    drafted: int | None = None,
     encoder: EncoderTap | None = None,
 ) -> EnteringImages | None:
     """Cut the visual tokens out of a call's input embeddings [batch, length, d]; None when there are none.
 
-    `with_text` fills in `VisualTokens.text`: what else is in the row, padding left out; `encoder` `VisualTokens.encoder`.
+    `drafted` fills in `VisualTokens.text`: what else is in the row, padding and so many of the last tokens left out; `encoder`
+    fills in `VisualTokens.encoder`.
 
     Raises:
         UserError: an image or video does not enter whole, or its grid cannot be told.
@@ -63,18 +70,19 @@ def entering_images(
         frame = place.frame if item.layout.frames else None
         tokens.append(VisualTokens(vectors, None, place.position, frame=frame, is_video=item.is_video))
     rows = [item.row for item in items]
-    if with_text:
-        texts = {row: _text(adapter, call, embeds, row) for row in set(rows)}
+    if drafted is not None:
+        texts = {row: _text(adapter, call, embeds, row, drafted) for row in set(rows)}
         tokens = [replace(own, text=texts[row]) for own, row in zip(tokens, rows, strict=True)]
     if encoder is not None:
         views = encoder.views(call, lengths, rows, len(embeds))
         tokens = [replace(own, encoder=view) for own, view in zip(tokens, views, strict=True)]
-    return EnteringImages(items, tokens, entering.place)
+    return EnteringImages(items, tokens, entering.place, call["input_ids"])
 
 
-def _text(adapter: VLMAdapter, call: Mapping[str, Any], embeds: Tensor, row: int) -> Tensor:
-    """Input embeddings [t, d] of a row's text."""
+def _text(adapter: VLMAdapter, call: Mapping[str, Any], embeds: Tensor, row: int, drafted: int) -> Tensor:
+    """Input embeddings [t, d] of the text of a row's prompt."""
     text, mask = ~adapter.visual_mask(call["input_ids"][row]), call.get("attention_mask")
+    text[len(text) - drafted :] = False
     if mask is not None:
         text = text & mask[row, -len(text) :].to(text.device, torch.bool)
     return embeds[row, text.to(embeds.device)].detach()
@@ -89,9 +97,11 @@ class Chosen:
     embeddings: Tensor | None
 
 
-def _keep(pruner: Pruner, items: Sequence[VisualTokens], rows: Sequence[int], batch: int) -> list[Kept | None]:
-    """What one pruner keeps of every item; `rows` are their batch rows, ascending."""
-    limits = pruner.budget.per_image(rows, batch)
+def _keep(pruner: Pruner, items: Sequence[VisualTokens], images: EnteringImages) -> list[Kept | None]:
+    """What one pruner keeps of every item of `images`, given what is left of it."""
+    rows, limits = [item.row for item in images.items], list[int | None]([None] * len(items))
+    if isinstance(pruner.keep_tokens, tuple):
+        limits = pruner.budget.per_image(rows, images.prompts)
     if not pruner.by_prompt:
         return pruner.keep_each(items, limits)
     kept: list[Kept | None] = []
@@ -101,17 +111,17 @@ def _keep(pruner: Pruner, items: Sequence[VisualTokens], rows: Sequence[int], ba
     return kept
 
 
-def choose(pruners: Sequence[Pruner], images: EnteringImages, batch: int) -> Chosen | None:
+def choose(pruners: Sequence[Pruner], images: EnteringImages) -> Chosen | None:
     """What stays after all pruners, or None when no budget asks for less than everything.
 
     Newlines stay. Each pruner is given what the one before kept, as it left it.
     """
     scored = [layout_on(one, images.column.device).in_grid for one in images.layouts]
-    left, rows = list(scored), [item.row for item in images.items]
+    left = list(scored)
     tokens, dropped, merged = list(images.tokens), False, False
     for pruner in pruners:
         given = [own if mask is None else own.only(mask) for own, mask in zip(tokens, left, strict=True)]
-        for number, kept in enumerate(_keep(pruner, given, rows, batch)):
+        for number, kept in enumerate(_keep(pruner, given, images)):
             if kept is None:
                 continue
             mask, dropped = left[number], True

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from codebook_prune.flops import staged_tokens
 from codebook_prune.visual_tokens import Layout
 
 
@@ -23,10 +24,11 @@ class PruneStats:
     work. (`generate` with beams or several returned sequences runs every image several times; without a cache it does so at
     every step: each counts.) A video counts as one image. kept, position, frame: of the images of the latest call, the keep
     mask [n] bool in the last layer, the grid place [n, 2] (row, column) of their tokens and which grid that is, [n] (0 where
-    there is one): what an overlay needs.
+    there is one): what an overlay needs. depth: the model's decoder layers.
     """
 
     calls: int = 0
+    depth: int = 0
     tokens_before: list[int] = field(default_factory=list)
     tokens_after: list[int] = field(default_factory=list)
     tokens_final: list[int] = field(default_factory=list)
@@ -34,7 +36,7 @@ class PruneStats:
     text_final: list[int] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list, repr=False)
     layouts: list[Layout] = field(default_factory=list, repr=False)
-    _averages: list[float] = field(default_factory=list, repr=False)
+    _drops: list[tuple[tuple[int, int], ...]] = field(default_factory=list, repr=False)
     _seconds: float = field(default=0.0, repr=False)
     _spans: list[tuple[torch.Event, torch.Event]] = field(default_factory=list, repr=False)
 
@@ -45,14 +47,15 @@ class PruneStats:
         self.tokens_before += before
         self.tokens_after += after
         self.tokens_final += after
-        self._averages += map(float, after)
+        self._drops += [()] * len(after)
         self.kept = [torch.ones(n, dtype=torch.bool) for n in before] if masks is None else masks
         self.layouts = layouts
 
-    def deepen(self, final: list[int], averages: list[float], masks: list[Tensor]) -> None:
-        """Correct the images just counted: tokens and keep masks of the last layer, averages over layers."""
-        self.tokens_final[-len(final) :] = final
-        self._averages[-len(averages) :] = averages
+    def deepen(self, layers: list[int], left: list[list[int]], masks: list[Tensor]) -> None:
+        """Correct the images just counted: in front of which layers tokens were dropped, what of each image was left there
+        [layers, images], keep masks of the last layer."""
+        self.tokens_final[-len(masks) :] = left[-1]
+        self._drops[-len(masks) :] = [tuple(zip(layers, counts, strict=True)) for counts in zip(*left, strict=True)]
         self.kept = masks
 
     def count_text(self, before: list[int], after: list[int]) -> None:
@@ -60,9 +63,9 @@ class PruneStats:
         self.text_before += before
         self.text_final += after
 
-    def reset(self) -> None:
-        """Forget everything."""
-        self.__dict__.update(PruneStats().__dict__)
+    def reset(self, depth: int = 0) -> None:
+        """Forget everything; the model to come has `depth` decoder layers."""
+        self.__dict__.update(PruneStats(depth=depth).__dict__)
 
     @property
     def position(self) -> list[Tensor]:
@@ -75,9 +78,16 @@ class PruneStats:
         return [one.frame for one in self.layouts]
 
     @property
+    def tokens_per_layer(self) -> list[list[int]]:
+        """Visual tokens of every image in each decoder layer: what `codebook_prune.flops.decoder_flops` takes."""
+        both = zip(self.tokens_after, self._drops, strict=True)
+        return [staged_tokens(entering, drops, self.depth) for entering, drops in both]
+
+    @property
     def layer_averaged_tokens(self) -> float:
         """Visual tokens of an image averaged over decoder layers and images: what FLOPs follow (0.0 before any image)."""
-        return sum(self._averages) / len(self._averages) if self._averages else 0.0
+        counts = [sum(layers) for layers in self.tokens_per_layer]
+        return sum(counts) / (len(counts) * self.depth) if counts else 0.0
 
     @property
     def seconds(self) -> float:

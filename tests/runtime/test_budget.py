@@ -80,11 +80,16 @@ def test_bad_budgets_are_refused(fields: dict[str, Any], message: str) -> None:
         Budget(**fields)
 
 
+def prompts(number: int, copies: int = 1) -> torch.Tensor:
+    """Token ids of different prompts, each as often in a row."""
+    return torch.arange(number).repeat_interleave(copies).unsqueeze(1)
+
+
 def test_one_number_an_image() -> None:
     budget = Budget(keep_tokens=(5, 6, 7))
-    assert budget.per_image([0, 0, 2], 3) == [5, 6, 7]
+    assert budget.per_image([0, 0, 2], prompts(3)) == [5, 6, 7]
     assert budget.count(100, 6) == 6
-    assert Budget(keep_ratio=0.5).per_image([0, 1], 2) == [None, None]
+    assert Budget(keep_ratio=0.5).per_image([0, 1], prompts(2)) == [None, None]
     with pytest.raises(UserError, match="say which image"):
         budget.count(100)
 
@@ -100,13 +105,20 @@ def test_repeated_prompts_repeat_their_numbers(images: list[int], copies: int) -
             rows += [sample * copies + copy] * count
             expected += own
     if numbers:
-        assert Budget(keep_tokens=tuple(numbers)).per_image(rows, len(images) * copies) == expected
+        assert Budget(keep_tokens=tuple(numbers)).per_image(rows, prompts(len(images), copies)) == expected
 
 
 @pytest.mark.parametrize(("rows", "batch"), [([0, 1], 2), ([0, 0, 0, 1], 2), ([0, 0, 1, 2, 2, 2], 3), ([0] * 6, 2)])
 def test_a_wrong_number_of_numbers_is_refused(rows: list[int], batch: int) -> None:
     with pytest.raises(UserError, match="3 numbers for"):
-        Budget(keep_tokens=(5, 6, 7)).per_image(rows, batch)
+        Budget(keep_tokens=(5, 6, 7)).per_image(rows, torch.ones(batch, 4))
+
+
+def test_numbers_of_half_the_prompts_are_no_numbers_of_beams() -> None:
+    budget = Budget(keep_tokens=(2, 11))
+    assert budget.per_image([0, 0, 1, 1], prompts(1, 2)) == [2, 11, 2, 11]
+    with pytest.raises(UserError, match="2 numbers for 4 images"):
+        budget.per_image([0, 0, 1, 1], prompts(2))
 
 
 def test_frames_share_a_budget_in_proportion_and_the_largest_remainders_get_what_is_left() -> None:

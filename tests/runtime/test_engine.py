@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llava
+from conftest import noise_image, tiny_llava
 from oracle import ProjectionPruner, Prompt, extend, greedy, inputs_of, plain_logits, prompt, shortened, turned
 
 KEEP, STEPS = 5, 4
@@ -141,6 +141,21 @@ def test_prompt_lookup_gives_the_greedy_tokens() -> None:
             out = model.generate(**inputs_of([p]), prompt_lookup_num_tokens=3, do_sample=False, max_new_tokens=12)
         tokens, _ = greedy(model, shortened(model, p, KEEP, positions), 12)
         assert out[0, inputs_of([p])["input_ids"].shape[1] :].tolist() == tokens
+
+
+@pytest.mark.parametrize("ending", ["red", "circle is there a red circle"])
+def test_drafts_behind_a_prompt_are_cut_off_the_cache_again(ending: str) -> None:
+    """The prompt's last words stand earlier in it, so that its first pass holds a draft; it is refused, mostly."""
+    model, p = MODELS[4, "sdpa"], Prompt(f"USER: <image>\nis there a red circle and a red {ending}", (noise_image(4),))
+    inputs, drafts = inputs_of([p]), list[int]()
+    with ProjectionPruner(keep_tokens=KEEP)(model):
+        note = lambda _, __, kwargs: drafts.append(kwargs["logits_to_keep"])  # noqa: E731
+        handle = model.register_forward_pre_hook(note, with_kwargs=True)
+        out = model.generate(**inputs, prompt_lookup_num_tokens=3, do_sample=False, max_new_tokens=12)
+        handle.remove()
+    assert drafts[0] > 1
+    tokens, _ = greedy(model, shortened(model, p, KEEP, "compact"), 12)
+    assert out[0, inputs["input_ids"].shape[1] :].tolist() == tokens
 
 
 def second_turn(model: Any, inputs: dict[str, Any], first: Any, more: torch.Tensor, full: bool, masked: bool) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import layer_oracle as by_hand
+import numpy as np
 import pytest
 import torch
 from conftest import noise_image, tiny_llava
@@ -122,6 +123,19 @@ def test_prompt_lookup_gives_the_greedy_tokens(method: str) -> None:
     with pruner(MODEL):
         out = MODEL.generate(**ONE, prompt_lookup_num_tokens=3, do_sample=False, max_new_tokens=10)
     assert out[0, -10:].tolist() == by_hand.greedy(MODEL, by_hand.row_of(MODEL, prompt(1, 1)), rules, 10)[0]
+
+
+@each_method
+def test_drafts_behind_a_prompt_rank_nothing_and_stay(method: str) -> None:
+    pruner, rules = METHODS[method]
+    p = Prompt("USER: <image>\nis there a red circle and a red circle is there", (noise_image(4),))
+    inputs = inputs_of([p])
+    with pruner(MODEL) as stats:
+        out = MODEL.generate(**inputs, prompt_lookup_num_tokens=3, do_sample=False, max_new_tokens=10)
+    tokens, _, kept = by_hand.greedy(MODEL, by_hand.row_of(MODEL, p), rules, 10)
+    assert out[0, -10:].tolist() == tokens
+    assert stats.text_before == [inputs["input_ids"].shape[1] - 16]
+    assert stats.text_final[0] + stats.tokens_final[0] == len(kept[-1])
 
 
 @each_method
@@ -253,6 +267,16 @@ def test_leaving_the_block_restores_the_model() -> None:
     assert torch.equal(MODEL(**ONE).logits, logits)
 
 
+def test_fractions_of_numpy_are_fractions() -> None:
+    half = np.float64(0.3)
+    for pruner, plain in ((ContextPruner(p=half), ContextPruner(p=0.3)), (PyramidPruner(ratio=half), PyramidPruner(ratio=0.3))):
+        with pruner(MODEL) as stats:
+            out = generate(MODEL, ONE)
+        with plain(MODEL) as expected:
+            assert torch.equal(generate(MODEL, ONE).sequences, out.sequences)
+        assert (stats.tokens_final, stats.text_final) == (expected.tokens_final, expected.text_final)
+
+
 @torch.no_grad()
 def test_a_failed_call_leaves_the_next_one_right() -> None:
     pruner, rules = METHODS["pyramid | context"]
@@ -293,6 +317,7 @@ def test_gradients_flow_through_what_is_kept() -> None:
         ("one for each ratio", lambda: PyramidPruner(ratios=(0.5, 0.2), layers=(1, 2, 3))),
         ("layers must be", lambda: ContextPruner(layers=0)),
         ("protect_last must be", lambda: ContextPruner(protect_last=0)),
+        ("start must be", lambda: ContextPruner(start=-1)),
         ("p is the fraction", lambda: ContextPruner(p=1.0)),
         ("p is the fraction", lambda: ContextPruner(p=True)),
         ("query must be", lambda: ContextPruner(query="first")),
@@ -314,6 +339,7 @@ def test_models_with_too_few_layers_are_refused() -> None:
     for pruner, message in (
         (FastVPruner(layer=DEPTH, keep_ratio=0.5), "behind the last"),
         (PyramidPruner(layers=(2, 4, DEPTH)), "no room"),
+        (ContextPruner(start=DEPTH - 1), "start is at most 4"),
         (PyramidPruner(ratios=(0.5,) * DEPTH), "no room"),
     ):
         before = trace(MODEL)

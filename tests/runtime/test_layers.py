@@ -36,6 +36,10 @@ METHODS: dict[str, tuple[Any, list[by_hand.Rule]]] = {
         [by_hand.pyramid(HALF, 0.6, "code", "code", False)],
     ),
     "context": (ContextPruner(layers=3, p=0.3), [by_hand.context(3, 0.3, "last", 1)]),
+    "context-deeper": (
+        ContextPruner(layers=2, start=2, p=0.3),
+        [dataclasses.replace(by_hand.context(4, 0.3, "last", 1), layers=(3, 4))],
+    ),
     "context-mean": (ContextPruner(layers=9, p=0.2, query="mean", protect_last=3), [by_hand.context(5, 0.2, "mean", 3)]),
     "context-question": (
         ContextPruner(layers=4, p=0.25, query="question", question=(-5, -1), positions="compact"),
@@ -78,6 +82,11 @@ def check_row(model: Any, out: Any, i: int, width: int, row: by_hand.Row, rules:
     return kept
 
 
+def place(row: by_hand.Row, column: int) -> int:
+    """Which image of its row a visual column belongs to."""
+    return sum(bool(visual) for visual in row.visual[:column]) // 16
+
+
 @each_model
 @each_batch
 @each_method
@@ -96,6 +105,12 @@ def test_every_step_equals_the_model_by_hand(model: Any, prompts: list[Prompt], 
     visual = [[sum(r.visual[i] for i in layer) for layer in row] for r, row in zip(rows, kept, strict=True)]
     assert sum(stats.tokens_final) == sum(row[-1] for row in visual)
     assert stats.tokens_after == stats.tokens_before
+    images = [[[i for i in layer if r.visual[i]] for layer in row] for r, row in zip(rows, kept, strict=True)]
+    assert stats.tokens_per_layer == [
+        [sum(place(r, i) == image for i in layer) for layer in row]
+        for r, row, p in zip(rows, images, prompts, strict=True)
+        for image in range(len(p.images))
+    ]
     assert stats.layer_averaged_tokens * len(stats.kept) == pytest.approx(sum(map(sum, visual)) / DEPTH)
     assert stats.text_before == [len(r.visual) - sum(r.visual) for r in rows]
     assert stats.text_final == [len(row[-1]) - v[-1] for row, v in zip(kept, visual, strict=True)]

@@ -101,8 +101,8 @@ def test_of_several_crops_the_last_is_drawn_and_joined_frames_share_theirs() -> 
     place = torch.cat([torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]), GRID, torch.tensor([[-1, -1]])])
     frame = torch.tensor([0] * 4 + [1] * 17)
     run = Run("", 20, 4, 4, 4.0, 0.0, 0.0, 0.0, kept=[frame == 0], position=[place], frame=[frame])
-    drawn, counts = kept_pictures(Media(Path("a.png"), [picture]), run, SimpleNamespace())
+    drawn, counts = kept_pictures(Media((Path("a.png"),), [picture]), run, SimpleNamespace())
     assert counts == ["0 of 16"]
     assert np.ptp(np.asarray(drawn[0]), axis=2).max() == 0
-    two = Media(Path("a.mp4"), [picture] * 4, seconds=(0.0, 1.0, 2.0, 3.0))
+    two = Media((Path("a.mp4"),), [picture] * 4, seconds=(0.0, 1.0, 2.0, 3.0))
     assert kept_pictures(two, run, SimpleNamespace())[1] == ["4 of 4", "4 of 4", "0 of 16", "0 of 16"]

@@ -17,9 +17,10 @@ import torch
 from codebook_folder import write_codebook
 from conftest import noise_image
 from PIL import Image
+from transformers import LlavaProcessor
 from transformers.utils import logging
 
-from codebook_prune import Codebook, CodebookDiversityPruner, CodebookPruner, PyramidPruner
+from codebook_prune import Codebook, CodebookDiversityPruner, CodebookPruner, DivPrunePruner, PyramidPruner, answer
 from codebook_prune.adapters.loading import adapter_for
 from codebook_prune.cli import main
 from reference_vlm import CHECKPOINT
@@ -123,6 +124,64 @@ def test_a_folder_is_answered_past_its_bad_files(
     errors = err.splitlines()
     assert [errors[0].endswith("a.png is not an image file in a known format"), len(errors)] == [True, 3]
     assert errors[2] == f"error: 2 of 5 files could not be used: {tmp_path}/a.png, {tmp_path}/c.png"
+
+
+def test_images_of_one_prompt_have_budgets_of_their_own(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], reference: tuple[Any, Any]
+) -> None:
+    options = ("--together", "--pruner", "divprune(keep_tokens=(5, 9))", "--overlay", str(tmp_path / "both.png"), "--json")
+    with pytest.raises(SystemExit) as done:
+        main(arguments(place, *options, files=("one.png", "two.jpg")))
+    line = json.loads(capsys.readouterr().out)
+    assert (done.value.code, [Path(name).name for name in line["files"]]) == (0, ["one.png", "two.jpg"])
+    assert (line["tokens_before"], line["tokens_after"]) == (288, 14)
+    assert Image.open(tmp_path / "both.png").size[1] > 2 * 480  # two rows: each image and what was kept of it
+    model, processor = reference
+    pictures = [Image.open(place / name).convert("RGB") for name in ("one.png", "two.jpg")]
+    text = "USER: <image>\n<image>\nWhat color is the circle? ASSISTANT:"
+    inputs = processor(images=pictures, text=text, return_tensors="pt")
+    with DivPrunePruner(keep_tokens=(5, 9))(model):
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=4)
+    assert line["answer"] == processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_an_image_the_processor_refuses_is_a_bad_file_among_others(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = LlavaProcessor.__call__
+
+    def choosy(self: Any, images: list[Image.Image], **given: Any) -> Any:
+        if images[0].size == (150, 90):  # Qwen's say this of strips
+            raise ValueError("absolute aspect ratio must be smaller than 200\nsecond line")
+        return real(self, images=images, **given)
+
+    monkeypatch.setattr(LlavaProcessor, "__call__", choosy)
+    with pytest.raises(SystemExit) as done:
+        main(arguments(place, "--keep-tokens", "9", "--json", files=("two.jpg", "one.png")))
+    out, err = capsys.readouterr()
+    bad, good = map(json.loads, out.splitlines())
+    assert (done.value.code, good["tokens_after"]) == (1, 9)
+    assert bad["error"].endswith("two.jpg: this model's processor refuses it: absolute aspect ratio must be smaller than 200")
+    assert bad["error"] in err
+
+
+def test_the_context_holds_what_is_kept(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """144 visual tokens and 9 of text do not fit 100 positions, 20 and 9 do once they are renumbered."""
+    real = answer.load_model
+
+    def short(*given: Any, **more: Any) -> Any:
+        model, processor = real(*given, **more)
+        model.config.text_config.max_position_embeddings = 100
+        return model, processor
+
+    monkeypatch.setattr(answer, "load_model", short)
+    for options, fits in ((("compact",), True), (("original",), False), (("compact", "--compare"), False)):
+        with pytest.raises(SystemExit) as done:
+            main(arguments(place, "--keep-tokens", "20", "--positions", *options))
+        assert done.value.code == (0 if fits else 2)
+        assert fits or "do not fit the 100 of this model: keep fewer tokens" in capsys.readouterr().err
 
 
 def test_a_chain_by_its_spec_is_the_chain(place: Path, capsys: pytest.CaptureFixture[str], reference: tuple[Any, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from codebook_prune import RateCurve
+from codebook_prune import ContextPruner, RateCurve, UserError, parse_pruner
 
 
 def test_a_curve_is_found_again() -> None:
@@ -23,6 +23,15 @@ def test_the_best_rate_is_the_middle_of_the_three_best_neighbours() -> None:
     assert RateCurve.fit(dict.fromkeys((10, 20, 30), scores))(20) == pytest.approx(0.1)
     flat = {0.1: 5.0, 0.2: 5.0, 0.3: 5.0, 0.4: 5.0}
     assert RateCurve.fit(dict.fromkeys((10, 20, 30), flat))(20) == pytest.approx(0.2)
+
+
+def test_a_command_line_gives_coefficients() -> None:
+    pruner = parse_pruner("context(p=(0, 1e-3, -0.1), layers=2)")
+    assert pruner == ContextPruner(p=RateCurve(0, 1e-3, -0.1), layers=2)
+    assert parse_pruner("context(p=(0, 0, 0.2, 0.1))") == ContextPruner(p=RateCurve(0, 0, 0.2, cap=0.1))
+    for wrong in ("(0.1, 0.2)", "(1, 2, 'x')", "(0, 0, 0, 2)"):
+        with pytest.raises(UserError, match="rate curve"):
+            parse_pruner(f"context(p={wrong})")
 
 
 def test_rates_stay_in_range() -> None:

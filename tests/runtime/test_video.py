@@ -17,6 +17,7 @@ from families import VIDEO, llava_next_video
 from PIL import Image
 from transformers import BatchFeature
 from transformers.utils import logging
+from transformers.video_utils import VideoMetadata
 
 from codebook_prune import RandomPruner, UniformPruner, UserError
 from codebook_prune.answer import Asker
@@ -280,10 +281,40 @@ class Processor:
         return str(ids.tolist())
 
 
+class FramesAsImages(Processor):
+    """A processor of videos whose model takes every frame as an image, as InternVL's and SmolVLM's do."""
+
+    image_token = "<image>"
+
+    def __init__(self, real: Any) -> None:
+        self.real, self.given = real, dict[str, Any]()
+
+    def __call__(self, text: list[str], videos: list[list[Image.Image]], **given: Any) -> BatchFeature:
+        self.given = given
+        frames = "".join("<image>\n" for _ in videos[0])
+        return self.real(text=[f"USER: {frames}what? ASSISTANT:"], images=videos[0], return_tensors="pt")
+
+    def decode(self, ids: torch.Tensor, **_: Any) -> str:
+        return str(self.real.decode(ids))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(frames=4), Sampling(fps=2), Sampling(frames=1)])
+def test_frames_taken_as_images_keep_so_many_each_and_processors_learn_their_times(
+    folder: Path, sampling: Sampling, reference: tuple[Any, Any]
+) -> None:
+    processor, media = FramesAsImages(reference[1]), open_media(folder / "a.mkv", sampling)
+    (run,) = Asker(reference[0], processor, "what?", 2).ask(media, [UniformPruner(keep_tokens=7)])
+    assert [int(kept.sum()) for kept in run.kept] == [7] * len(media.pictures)
+    assert processor.given["do_sample_frames"] is False
+    told = VideoMetadata(**processor.given["video_metadata"][0])
+    assert np.allclose(told.timestamps, media.seconds, atol=1e-3)
+    assert told.sampled_fps == pytest.approx({4: 4 / 3, 6: 2.0, 1: 0.66}[len(media.pictures)], rel=0.08)
+
+
 def test_a_model_with_a_place_for_videos_is_given_one() -> None:
     asker = Asker(llava_next_video("sdpa").model, Processor(), "what?", 2)
     frames = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)) for i in range(5)]
-    media = Media(Path("a.mp4"), frames, (0.0, 1.0, 2.0, 3.0, 4.0))
+    media = Media((Path("a.mp4"),), frames, (0.0, 1.0, 2.0, 3.0, 4.0))
     plain, whole, few = asker.ask(
         media, [None, UniformPruner(keep_ratio=1.0), RandomPruner(keep_tokens=2) | UniformPruner(keep_tokens=1)]
     )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ Span = tuple[int, int | None]
 
 @dataclass(frozen=True, kw_only=True)
 class ContextPruner(LayerPruner):
-    """After each of the first `layers` layers, the least attended fraction `p` of the text that is left goes.
+    """After each of `layers` layers, from layer `start` on, the least attended fraction `p` of the text that is left goes.
 
     Visual tokens (and newlines between them) are exempt. Score of a token: the largest attention over heads that it gets in the
     layer that just ran. The paper leaves open whose attention, and what is protected: here the first token of the prompt (where
@@ -32,7 +32,9 @@ class ContextPruner(LayerPruner):
 
     Args:
         layers: N; in a decoder of no more layers, all but the last.
-        p: fraction dropped after each of them, in [0, 1), or a `RateCurve` that makes it from a prompt's length (appendix I).
+        start: the first of them: 0, or deeper as in appendix E. Qwen3-VL's first layers take no drops.
+        p: fraction dropped after each of them, in [0, 1), or a `RateCurve` that makes it from a prompt's length (appendix I; in
+            a spec a tuple of its coefficients).
         query: "last": attention of the last prompt token; "question": of the tokens of `question` and the last, "mean": of all
             tokens; the average over those that can see the one scored.
         question: the span that asks; it stays.
@@ -45,6 +47,7 @@ class ContextPruner(LayerPruner):
     """
 
     layers: int = 10
+    start: int = 0
     p: float | RateCurve = 0.3
     query: Query = "last"
     question: Span | None = None
@@ -58,6 +61,11 @@ class ContextPruner(LayerPruner):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"{name} must be a whole number >= 1, not {value!r}")
+        if isinstance(self.start, bool) or not isinstance(self.start, int) or self.start < 0:
+            raise UserError(f"start must be a whole number >= 0, not {self.start!r}")
+        given: Any = self.p
+        if isinstance(given, tuple):
+            object.__setattr__(self, "p", RateCurve.of(given))
         if isinstance(self.p, bool) or not (
             isinstance(self.p, RateCurve) or (isinstance(self.p, float | int) and 0 <= self.p < 1)
         ):
@@ -76,8 +84,10 @@ class ContextPruner(LayerPruner):
         return self.protect if self.question is None else (*self.protect, self.question)
 
     def plan(self, layers: int) -> Mapping[int, Attention]:
-        """In front of layers 1 to N, by the previous one."""
-        return dict.fromkeys(range(1, min(self.layers, layers - 1) + 1), "previous")
+        """Behind each of the N layers, by its attention."""
+        if self.start >= layers - 1:
+            raise UserError(f"start is at most {layers - 2} in a decoder of {layers} layers, not {self.start}")
+        return dict.fromkeys(range(self.start + 1, min(self.start + self.layers, layers - 1) + 1), "previous")
 
     def keep(self, view: LayerView) -> Tensor:
         """All but the least attended text."""
@@ -92,7 +102,7 @@ class ContextPruner(LayerPruner):
 
     def _rate(self, texts: int) -> Fraction:
         """The fraction that goes of a prompt of so many text tokens."""
-        return Fraction(self.p(texts)) if isinstance(self.p, RateCurve) else Fraction(repr(self.p))
+        return Fraction(self.p(texts)) if isinstance(self.p, RateCurve) else Fraction(repr(float(self.p)))
 
     def _scores(self, view: LayerView) -> Tensor:
         """[batch, length]: how much each column is attended to."""

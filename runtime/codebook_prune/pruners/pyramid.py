@@ -65,8 +65,8 @@ class PyramidPruner(LayerPruner):
     def fractions(self) -> tuple[Fraction, ...]:
         """What stays after each drop, of what entered layer 0: decimal fractions, so that whole numbers stay whole."""
         if self.ratios is not None:
-            return tuple(Fraction(repr(x)) for x in self.ratios)
-        base = Fraction(repr(0.5 if self.ratio is None else self.ratio))
+            return tuple(Fraction(repr(float(x))) for x in self.ratios)
+        base = Fraction(repr(0.5 if self.ratio is None else float(self.ratio)))
         return tuple(base ** (i + 1) for i in range(3 if self.layers is None else len(self.layers)))
 
     def boundaries(self, layers: int) -> tuple[int, ...]:
