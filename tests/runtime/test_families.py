@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,10 @@ METHODS: dict[str, tuple[Any, Any]] = {  # the pruner, its rule given whether co
         lambda _: layer_oracle.pyramid((2, 3), 0.5, "paper", "paper", False),
     ),
     "context": (ContextPruner(layers=2, p=0.3), lambda _: layer_oracle.context(2, 0.3, "last", 1)),
+    "context-deeper": (  # behind Qwen3-VL's DeepStack layers
+        ContextPruner(layers=1, start=2, p=0.3),
+        lambda _: dataclasses.replace(layer_oracle.context(1, 0.3, "last", 1), layers=(3,)),
+    ),
 }
 
 

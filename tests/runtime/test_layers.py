@@ -53,6 +53,14 @@ METHODS: dict[str, tuple[Any, list[by_hand.Rule]]] = {
         PyramidPruner() | ContextPruner(layers=3),
         [by_hand.pyramid(HALF, 0.5, "code", "code", True), by_hand.context(3, 0.3, "last", 1)],
     ),
+    "fastv | pyramid": (  # at one layer, ranked by two kinds of attention: what the first drops the second cannot keep
+        FastVPruner(layer=2, keep_tokens=7) | PyramidPruner(layers=(2,), ratio=0.25),
+        [by_hand.fastv(2, lambda n: min(n, 7)), by_hand.pyramid((2,), 0.25, "code", "code", True)],
+    ),
+    "pyramid | fastv": (
+        PyramidPruner(layers=(2,), ratio=0.25) | FastVPruner(layer=2, keep_tokens=2),
+        [by_hand.pyramid((2,), 0.25, "code", "code", True), by_hand.fastv(2, lambda n: min(n, 2))],
+    ),
     "context | fastv": (
         ContextPruner(layers=3) | FastVPruner(layer=2, keep_ratio=0.5),
         [by_hand.context(3, 0.3, "last", 1), by_hand.fastv(2, lambda n: n // 2)],
@@ -116,6 +124,18 @@ def test_every_step_equals_the_model_by_hand(model: Any, prompts: list[Prompt], 
     assert stats.text_final == [len(row[-1]) - v[-1] for row, v in zip(kept, visual, strict=True)]
     for i, row in enumerate(kept):  # pruning is visible at all
         assert len(row[-1]) == len(row[0]) or not close(plain.logits[0][i], out.logits[0][i])
+
+
+def test_the_order_of_a_chain_matters() -> None:
+    inputs = inputs_of([prompt(2, 2)])
+    fastv, pyramid = FastVPruner(layer=2, keep_tokens=9), PyramidPruner(layers=(2,), ratio=0.25)
+    kept = []
+    for chain in (fastv | pyramid, pyramid | fastv):
+        with chain(MODELS[4, "sdpa"]) as stats:
+            generate(MODELS[4, "sdpa"], inputs)
+        kept.append(torch.cat(stats.kept))
+    assert [int(one.sum()) for one in kept] == [8, 8]
+    assert not torch.equal(*kept)
 
 
 @each_model
