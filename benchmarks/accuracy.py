@@ -24,9 +24,9 @@ from PIL.Image import Image
 from rich.console import Console
 
 from benchmarks.downsample import shrunk, smaller_grid
-from benchmarks.methods import METHODS, OURS, SMALLER, Setting
+from benchmarks.methods import METHODS, OURS, SMALLER, Setting, described, rows_of_suite, schedule
 from benchmarks.reference_codebook import build
-from benchmarks.report import publish
+from benchmarks.report import ROOT, publish
 from codebook_prune import Codebook, VisionZipPruner, load_model
 from reference_vlm import CHECKPOINT
 from reference_vlm.evaluate import inputs_of, is_right
@@ -34,6 +34,21 @@ from reference_vlm.scenes import GRID, Scene, render
 from reference_vlm.suites import SUITES, Prompt, make_suite
 
 RATIOS = (0.5, 0.33, 0.22, 0.11, 0.056)
+LONG_RATIOS = (0.22, 0.11)
+"""Budgets of the suite of long texts."""
+CODE = (
+    "runtime/codebook_prune/pruners/*.py",
+    "runtime/codebook_prune/adapters/*.py",
+    *(
+        f"runtime/codebook_prune/{name}.py"
+        for name in ("attention", "block", "budget", "cache_state", "columns", "diversity", "encoder", "engine", "layer_view",
+                     "layers", "rate_curve", "selection", "visual_tokens")
+    ),
+    *(f"reference_vlm/{name}.py" for name in ("evaluate", "questions", "scenes", "suites")),
+    "benchmarks/downsample.py",
+    "benchmarks/known_objects.py",
+)  # fmt: skip
+"""The code an answer depends on."""
 Taken = tuple[NDArray[np.bool_], dict[str, float]]
 """Right per question [n], and visual tokens."""
 COUNTS = ("tokens_entering", "tokens_layer_avg", "tokens_final")
@@ -45,6 +60,9 @@ class Exam:
 
     def __init__(self, model: Any, processor: Any, prompts: Sequence[Prompt], draw: Callable[[Scene], Image] = render) -> None:
         self.model, self.processor, self.prompts = model, processor, prompts
+        self.order = sorted(
+            range(len(prompts)), key=lambda i: (len(prompts[i].scenes), len(prompts[i].context))
+        )  # little padding
         self.batches = list(self._encode(draw))
 
     @torch.inference_mode()
@@ -52,7 +70,7 @@ class Exam:
         short = all(len(p.scenes) == 1 and not p.context for p in self.prompts)
         size = 64 if short else 16
         for start in range(0, len(self.prompts), size):
-            part = list(self.prompts[start : start + size])
+            part = [self.prompts[i] for i in self.order[start : start + size]]
             inputs = dict(inputs_of(self.processor, part, draw).to(self.model.device))
             pixels = inputs.pop("pixel_values").to(self.model.dtype)
             with VisionZipPruner(keep_ratio=1.0)(self.model):  # what it reads of the encoder travels with the output
@@ -76,7 +94,9 @@ class Exam:
             counts = dict(zip(COUNTS, map(float, found), strict=True))
             if stats.text_before:
                 counts |= {"text_entering": float(np.mean(stats.text_before)), "text_final": float(np.mean(stats.text_final))}
-        return np.array(right), counts
+        in_order = np.empty(len(right), bool)
+        in_order[self.order] = right
+        return in_order, counts
 
 
 def digest_of(path: Path) -> str:
@@ -87,26 +107,28 @@ def digest_of(path: Path) -> str:
 def reference_codebook(work: Path) -> Path:
     """The codebook of 240 scenes for the shipped weights, built once and kept in `work`."""
     folder = work / f"codebook-{digest_of(CHECKPOINT / 'model.safetensors')[:12]}"
-    return folder / "codebook" if (folder / "codebook" / "manifest.json").exists() else build(folder)
+    return folder / "codebook" if (folder / "published" / "manifest.json").exists() else build(folder)
 
 
 class Work:
-    """Answers already given: one JSON line per suite, method and ratio in a file named after everything they depend on."""
+    """Answers already given: one JSON line per suite, method and ratio in a file named after everything they depend on, code
+    included. Processes may share it."""
 
     def __init__(self, folder: Path, codebook: Path, **identity: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        hashes = [digest_of(CHECKPOINT / "model.safetensors"), digest_of(codebook / "manifest.json")]
+        code = sorted(path for pattern in CODE for path in ROOT.glob(pattern))
+        hashes = [digest_of(path) for path in (CHECKPOINT / "model.safetensors", codebook / "manifest.json", *code)]
         name = hashlib.sha256(json.dumps([hashes, identity], sort_keys=True).encode()).hexdigest()[:16]
         self.path = folder / f"{name}.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.done = {tuple(row["key"]): row for row in map(json.loads, lines)}
 
-    def get(self, key: tuple[str, str, float]) -> Taken | None:
-        """What was stored under (suite, method, ratio)."""
+    def get(self, key: tuple[str, str, float, str]) -> Taken | None:
+        """What was stored under (suite, method, ratio, what the pruner is)."""
         row = self.done.get(key)
         return row and (np.array(list(row["right"])) == "1", row["counts"])
 
-    def put(self, key: tuple[str, str, float], right: NDArray[np.bool_], counts: dict[str, float]) -> None:
+    def put(self, key: tuple[str, str, float, str], right: NDArray[np.bool_], counts: dict[str, float]) -> None:
         """Append one line."""
         row = {"key": key, "right": "".join("01"[int(r)] for r in right), "counts": counts}
         with self.path.open("a") as file:
@@ -158,7 +180,7 @@ def sit(exam: Exam, suite: str, pruners: Mapping[tuple[float, str], Any], work: 
     """Answers of every (ratio, method), from `work` where they are there already."""
     taken = {}
     for (ratio, name), pruner in pruners.items():
-        key = (suite, name, ratio)
+        key = (suite, name, ratio, "" if pruner is None else described(pruner))
         found = work.get(key)
         if found is None:
             started = time.perf_counter()
@@ -180,7 +202,9 @@ def examine(exam: Exam, suite: str, pruners: Mapping[tuple[float, str], Any], wo
     taken = sit(exam, suite, {(1.0, "unpruned"): None, **pruners}, work)
     full = taken[1.0, "unpruned"][0]
     for (ratio, name), (right, counts) in taken.items():
-        more = rows_of(exam.prompts, full, right, seed, method=name, suite=suite, keep_ratio=ratio, **counts)
+        own = pruners.get((ratio, name))
+        fields = {"method": name, "suite": suite, "keep_ratio": ratio, "schedule": "" if own is None else schedule(own)}
+        more = rows_of(exam.prompts, full, right, seed, **fields, **counts)
         if (ratio, OURS) in taken and name != OURS:
             more[0] |= lead(full, taken[ratio, OURS][0], right, seed)
         rows += more
@@ -189,7 +213,7 @@ def examine(exam: Exam, suite: str, pruners: Mapping[tuple[float, str], Any], wo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--codebook", type=Path, help="default: build one from 240 scenes of the codebook split")
+    parser.add_argument("--codebook", type=Path, help="folder of codebook/ and published/; default: of 240 scenes, built here")
     parser.add_argument("--suites", nargs="+", choices=tuple(SUITES), default=list(SUITES))
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     parser.add_argument("--ratios", nargs="+", type=float, choices=RATIOS, default=list(RATIOS))
@@ -200,14 +224,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/accuracy.json")
     args = parser.parse_args()
     model, processor = load_model(str(CHECKPOINT))
-    folder = args.codebook or reference_codebook(args.work)
-    codebook = Codebook.from_pretrained(folder)
+    folder = args.codebook / "codebook" if args.codebook else reference_codebook(args.work)
+    books = Codebook.from_pretrained(folder), Codebook.from_pretrained(folder.with_name("published"))
     layers = model.config.get_text_config().num_hidden_layers
-    made = {(r, m): METHODS[m](Setting(codebook, r, layers, args.seed)) for r in args.ratios for m in args.methods}
-    pruners = {key: pruner for key, pruner in made.items() if pruner is not None}
     work = Work(args.work, codebook=folder, split=args.split, seed=args.seed, questions=args.questions)
     rows = []
     for suite in args.suites:
+        ratios = [r for r in args.ratios if suite != "text" or r in LONG_RATIOS]
+        names = rows_of_suite(suite, args.methods)
+        made = {(r, n): METHODS[n](Setting(*books, r, layers, args.seed)) for r in ratios for n in names}
+        pruners = {key: pruner for key, pruner in made.items() if pruner is not None}
         exam = Exam(model, processor, make_suite(suite, args.split, args.questions // len(SUITES[suite][1])))
         rows += examine(exam, suite, pruners, work, args.seed)
     publish("accuracy", rows, args.seed, out=args.out)

@@ -7,8 +7,8 @@ schedule reaches it, the method has no row there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from benchmarks.downsample import CornerPruner, smaller_grid
@@ -17,7 +17,9 @@ from codebook_prune import (
     Codebook,
     CodebookDiversityPruner,
     CodebookPruner,
+    ContextPruner,
     DivPrunePruner,
+    EVSPruner,
     FastVPruner,
     PoolPruner,
     PyramidPruner,
@@ -25,6 +27,7 @@ from codebook_prune import (
     UniformPruner,
     VisionZipPruner,
 )
+from codebook_prune.pruners.base import Positions, PrunerChain
 from reference_vlm.scenes import GRID
 
 SMALLER = "smaller picture"
@@ -36,9 +39,11 @@ STAGES = 4
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method needs to be made: the codebook, the budget, the decoder's depth and the seed."""
+    """What a method needs to be made: the codebook as the project builds it and with the published selection, the budget, the
+    decoder's depth and the seed."""
 
     codebook: Codebook
+    published: Codebook
     ratio: float
     layers: int
     seed: int
@@ -56,10 +61,10 @@ def fastv(setting: Setting) -> Any:
     return None
 
 
-def pyramid(setting: Setting) -> Any:
+def pyramid(setting: Setting, positions: Positions = "original") -> Any:
     """PyramidDrop with the ratio whose average over four stages is the budget (arXiv 2410.17247)."""
     share = stage_ratio(setting.ratio)
-    return None if share is None else PyramidPruner(ratio=share)
+    return None if share is None else PyramidPruner(ratio=share, positions=positions)
 
 
 def stage_ratio(average: float) -> float | None:
@@ -73,10 +78,19 @@ def stage_ratio(average: float) -> float | None:
     return round(high, 6)
 
 
-def codebook_pyramid(setting: Setting) -> Any:
-    """The codebook, then PyramidDrop at its default ratio: the codebook keeps what makes the average the budget."""
+def then_pyramid(setting: Setting, first: type[CodebookPruner | CodebookDiversityPruner]) -> Any:
+    """A codebook pruner, then PyramidDrop at its default ratio: the first keeps what makes the average the budget."""
     entering = setting.ratio / (sum(0.5**k for k in range(STAGES)) / STAGES)
-    return None if entering >= 1 else CodebookPruner(setting.codebook, keep_ratio=round(entering, 6)) | PyramidPruner()
+    if entering >= 1:
+        return None
+    before = first(setting.codebook, keep_ratio=round(entering, 6), positions="original")
+    return before | PyramidPruner(positions="original")
+
+
+def then_context(setting: Setting) -> Any:
+    """Ours, then half of the text in two steps, its question spared (arXiv 2410.19732)."""
+    before = CodebookDiversityPruner(setting.codebook, keep_ratio=setting.ratio, positions="original")
+    return before | ContextPruner(p=0.3, layers=2, protect_last=QUESTION)
 
 
 def smaller_picture(setting: Setting) -> Any:
@@ -85,6 +99,8 @@ def smaller_picture(setting: Setting) -> Any:
     return CornerPruner(rows=rows, columns=columns)
 
 
+QUESTION = 16
+"""Tokens at the end of a prompt that hold its question and the template behind it."""
 METHODS: dict[str, Make] = {
     "random": lambda s: RandomPruner(keep_ratio=s.ratio, seed=s.seed, positions="original"),
     "uniform": lambda s: UniformPruner(keep_ratio=s.ratio, positions="original"),
@@ -92,12 +108,50 @@ METHODS: dict[str, Make] = {
     SMALLER: smaller_picture,
     "FastV": fastv,
     "PyramidDrop": pyramid,
+    "EVS": lambda s: EVSPruner(keep_ratio=s.ratio, positions="original"),
     "VisionZip": lambda s: VisionZipPruner(keep_ratio=s.ratio, positions="original"),
     "DivPrune": lambda s: DivPrunePruner(keep_ratio=s.ratio, positions="original"),
     "CDPruner": lambda s: CDPrunerPruner(keep_ratio=s.ratio, positions="original"),
     "codebook": lambda s: CodebookPruner(s.codebook, keep_ratio=s.ratio, positions="original"),
     OURS: lambda s: CodebookDiversityPruner(s.codebook, keep_ratio=s.ratio, positions="original"),
+    "codebook, published selection, compact positions": lambda s: CodebookPruner(s.published, keep_ratio=s.ratio),
     "codebook, compact positions": lambda s: CodebookPruner(s.codebook, keep_ratio=s.ratio),
+    f"{OURS}, compact positions": lambda s: CodebookDiversityPruner(s.codebook, keep_ratio=s.ratio, positions="compact"),
     "DivPrune, compact positions": lambda s: DivPrunePruner(keep_ratio=s.ratio),
-    "codebook | pyramid": codebook_pyramid,
+    "PyramidDrop, compact positions": lambda s: pyramid(s, "compact"),
+    "codebook | pyramid": lambda s: then_pyramid(s, CodebookPruner),
+    f"{OURS} | pyramid": lambda s: then_pyramid(s, CodebookDiversityPruner),
+    f"{OURS} | context": then_context,
 }
+"""Row -> its pruner, None where no schedule reaches the budget. Positions are the tokens' own where the row says nothing."""
+ONE_SUITE = {"EVS": "video", f"{OURS} | context": "text"}
+"""Rows of one suite only."""
+LONG = ("random", "uniform", "FastV", "VisionZip", "DivPrune", "CDPruner", "codebook", OURS, f"{OURS} | context")
+"""Rows of the suite of long texts, where an answer takes ten times as long."""
+
+
+def rows_of_suite(suite: str, names: Sequence[str]) -> list[str]:
+    """Which of the rows `names` a suite has."""
+    return [n for n in names if ONE_SUITE.get(n, suite) == suite and (suite != "text" or n in LONG)]
+
+
+def described(pruner: Any) -> str:
+    """All that decides what a pruner does, the same in every process: its fields, codebooks by what is in them."""
+    if isinstance(pruner, PrunerChain):
+        return " | ".join(map(described, pruner.pruners))
+    values = {f.name: getattr(pruner, f.name) for f in fields(pruner) if f.init}
+    shown = (f"{k}={_content(v) if isinstance(v, Codebook) else repr(v)}" for k, v in values.items())
+    return f"{type(pruner).__name__}({', '.join(shown)})"
+
+
+def _content(codebook: Codebook) -> str:
+    return codebook.manifest.files["prototypes.safetensors"].sha256
+
+
+def schedule(pruner: Any) -> str:
+    """Where a pruner drops what, in a few words, and how it numbers positions: for the table."""
+    if isinstance(pruner, PrunerChain):
+        return " | ".join(map(schedule, pruner.pruners))
+    names = ("keep_ratio", "layer", "ratio", "p", "layers", "protect_last", "positions")
+    found = {name: value for name in names if (value := getattr(pruner, name, None)) is not None}
+    return ", ".join(f"{name} {value}" for name, value in found.items())

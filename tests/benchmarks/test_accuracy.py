@@ -10,9 +10,10 @@ import pytest
 import torch
 from codebook_folder import write_codebook
 
+from benchmarks import accuracy
 from benchmarks.accuracy import Exam, Work, interval, lead
-from benchmarks.methods import METHODS, Setting, stage_ratio
-from codebook_prune import Codebook
+from benchmarks.methods import METHODS, OURS, Setting, described, rows_of_suite, schedule, stage_ratio
+from codebook_prune import Codebook, CodebookPruner, PyramidPruner, RandomPruner
 from reference_vlm.evaluate import answers, is_right
 from reference_vlm.suites import make_suite
 
@@ -32,11 +33,12 @@ def codebook(reference: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_spend_the_same_average(name: str, ratio: float, exam: Exam, codebook: Codebook) -> None:
     layers = exam.model.config.get_text_config().num_hidden_layers
-    pruner = METHODS[name](Setting(codebook, ratio, layers, 0))
+    pruner = METHODS[name](Setting(codebook, codebook, ratio, layers, 0))
     if pruner is None:  # nothing it could do costs so little
-        assert name in {"FastV", "PyramidDrop", "codebook | pyramid"}
-        assert ratio < 0.5 or name == "codebook | pyramid"
+        assert name == "FastV" or "PyramidDrop" in name or name.endswith("| pyramid")
+        assert ratio < 0.5 or name.endswith("| pyramid")
         return
+    assert ("compact" in schedule(pruner)) == (name.endswith("compact positions") or name == "smaller picture")
     _, counts = exam.take(pruner)
     assert counts["tokens_entering"] >= counts["tokens_final"]
     assert counts["tokens_layer_avg"] == pytest.approx(144 * ratio, abs=3 if name == "smaller picture" else 1)
@@ -63,14 +65,51 @@ def test_work_is_kept_by_everything_it_depends_on(tmp_path: Path) -> None:
     book = tmp_path / "book"
     book.mkdir()
     (book / "manifest.json").write_text("{}")
-    Work(tmp_path, book, seed=0).put(("image", "random", 0.5), right, {"tokens_final": 72.0})
-    found = Work(tmp_path, book, seed=0).get(("image", "random", 0.5))
+    key = ("image", "random", 0.5, described(RandomPruner(keep_ratio=0.5)))
+    Work(tmp_path, book, seed=0).put(key, right, {"tokens_final": 72.0})
+    found = Work(tmp_path, book, seed=0).get(key)
     assert found is not None
     assert found[0].tolist() == right.tolist()
     assert found[1] == {"tokens_final": 72.0}
-    assert Work(tmp_path, book, seed=1).get(("image", "random", 0.5)) is None
+    assert Work(tmp_path, book, seed=0).get((*key[:3], described(RandomPruner(keep_ratio=0.5, seed=1)))) is None
+    assert Work(tmp_path, book, seed=1).get(key) is None
     (book / "manifest.json").write_text("{ }")
-    assert Work(tmp_path, book, seed=0).get(("image", "random", 0.5)) is None
+    assert Work(tmp_path, book, seed=0).get(key) is None
+
+
+def test_answers_of_other_code_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "rule.py").write_text("keep = 1")
+    monkeypatch.setattr(accuracy, "CODE", (*accuracy.CODE, "rule.py"))
+    monkeypatch.setattr(accuracy, "ROOT", tmp_path)
+    names = []
+    for text in ("keep = 1", "keep = 1", "keep = 2"):
+        (tmp_path / "rule.py").write_text(text)
+        names.append(Work(tmp_path, tmp_path).path.name)
+    assert names[0] == names[1] != names[2]
+
+
+def test_all_code_an_answer_depends_on_is_there() -> None:
+    for pattern in accuracy.CODE:
+        assert list(accuracy.ROOT.glob(pattern)), pattern
+
+
+def test_a_pruner_is_described_by_all_that_it_does(codebook: Codebook) -> None:
+    chain = CodebookPruner(codebook, keep_ratio=0.5) | PyramidPruner()
+    assert described(chain) == described(CodebookPruner(codebook, keep_ratio=0.5) | PyramidPruner())
+    assert "0x" not in described(chain)
+    changed = (
+        CodebookPruner(codebook, keep_ratio=0.5, min_keep=2),
+        CodebookPruner(codebook, keep_ratio=0.5, positions="original"),
+    )
+    assert len({described(pruner) for pruner in (chain, chain.pruners[0], *changed)}) == 4
+
+
+def test_long_texts_have_fewer_rows_and_some_rows_one_suite() -> None:
+    names = {suite: set(rows_of_suite(suite, tuple(METHODS))) for suite in ("image", "images", "video", "text")}
+    assert names["image"] == names["images"] == names["video"] - {"EVS"}
+    assert names["text"] - names["image"] == {f"{OURS} | context"}
+    assert len(names["text"]) < len(names["image"]) / 1.5
 
 
 def test_interval_holds_the_ratio_and_shrinks_with_agreement() -> None:
