@@ -38,7 +38,7 @@ def draw_overlays(
             kept, position = pruner.stats.kept[0].cpu(), pruner.stats.position[0].cpu()
             pictures.append(draw_overlay(image, position, kept))
             captions.append(f"{name}, {int(kept.sum())} tokens\n{given}")
-    save_picture(sheet(pictures, captions, 1 + max(map(len, pruners.values())), text=LETTERS), path)
+    save_picture(sheet(pictures, captions, 1 + max(map(len, pruners.values())), letters=LETTERS), path)
 
 
 def replies(model: Any, processor: Any, scene: Scene, asked: Sequence[Question], pruner: Any | None) -> str:

@@ -91,16 +91,16 @@ def seen_box(image: Image.Image, image_processor: Any) -> Box | None:
     return left, top, left + width, top + height
 
 
-def sheet(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int, *, text: float = 1 / 28) -> Image.Image:
+def sheet(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int, *, letters: float = 1 / 28) -> Image.Image:
     """Pictures in rows of `columns`, scaled to one height, each with its caption underneath, at most `WIDEST_SHEET` wide.
 
-    `text` is the size of letters as a fraction of a picture's height.
+    `letters` is their size as a fraction of a picture's height.
     """
     height = max(picture.height for picture in pictures)
     widest = max(round(p.width * height / p.height) for p in pictures)
     height = max(1, min(height, height * (WIDEST_SHEET // min(columns, len(pictures)) - GAP) // widest))
     scaled = [p if p.height == height else p.resize((max(1, round(p.width * height / p.height)), height)) for p in pictures]
-    size = max(14, int(height * text))
+    size = max(14, int(height * letters))
     lines = max(caption.count("\n") for caption in captions) + 1
     band, font = round((lines + 1) * 1.2 * size), ImageFont.load_default(size)
     rows = [range(i, min(i + columns, len(scaled))) for i in range(0, len(scaled), columns)]
