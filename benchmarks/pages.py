@@ -51,10 +51,12 @@ def command_of(report: Report) -> str:
 
 
 def origin(name: str, report: Report, up: str = "../") -> str:
-    """Where a table's figures come from, as a sentence: file, command, commit, device. `up` leads to the root."""
+    """Where figures come from, as a sentence: file, command, commit, seed, device, versions. `up` leads to the root."""
     link = f"[{name}.json]({up}benchmarks/results/{name}.json)"
     edited = ", with uncommitted changes" if report["dirty"] else ""
-    return f"{link}: `{command_of(report)}`, commit {report['commit']}{edited}, {report['device']}, seed {report['seed']}."
+    versions = "".join(f", {name} {report['versions'][name]}" for name in ("torch", "transformers"))
+    made = f"`{command_of(report)}`, commit {report['commit']}{edited}, seed {report['seed']}"
+    return f"{link}: {made}, {report['device']}{versions}."
 
 
 def parameters() -> float:

@@ -29,7 +29,8 @@ def results(suite: Suite) -> str:
     )
     return (
         f"The accuracy below is that of a {parameters():.0f}M-parameter model on drawn scenes: it compares methods under equal "
-        f"conditions and\ndoes not tell what to expect of a large model on photographs. {asked}.\n\n"
+        f"conditions and\ndoes not tell what to expect of a large model on photographs. {asked}.\n"
+        "Every method is given original positions.\n\n"
         f"{table(head, body)}\n\n"
         "All methods, budgets and intervals, and what is lost by kind of question: [docs/accuracy.md](docs/accuracy.md)."
     )

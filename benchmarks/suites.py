@@ -28,7 +28,7 @@ class Suite:
     @property
     def title(self) -> str:
         """What it asks about."""
-        return NAMES.get(self.name, self.name)
+        return NAMES[self.name]
 
     @property
     def ratios(self) -> list[float]:
@@ -78,9 +78,9 @@ class Suite:
 
 
 def suites_of(report: Report) -> list[Suite]:
-    """A report's suites in its order."""
-    names = dict.fromkeys(r["suite"] for r in report["rows"])
-    return [Suite(name, [r for r in report["rows"] if r["suite"] == name]) for name in names]
+    """A report's suites, in the order of `NAMES`."""
+    rows = report["rows"]
+    return [Suite(name, own) for name in NAMES if (own := [r for r in rows if r["suite"] == name])]
 
 
 def measured() -> dict[str, tuple[Report, list[Suite]]]:

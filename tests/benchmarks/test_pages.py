@@ -16,7 +16,15 @@ from benchmarks.bars import Verdict, accuracy_bars, two_lists
 from benchmarks.suites import Suite
 
 BUDGETS = (0.5, 0.22, 0.056)
-ENVELOPE = {"commit": "abc", "dirty": False, "device": "a CPU, 1 threads", "seed": 0, "command": "python -m benchmarks.x"}
+VERSIONS = {"torch": "2.13", "transformers": "5.23"}
+ENVELOPE = {
+    "versions": VERSIONS,
+    "commit": "abc",
+    "dirty": False,
+    "device": "a CPU, 1 threads",
+    "seed": 0,
+    "command": "python -m benchmarks.x",
+}
 
 
 def row(method: str, ratio: float, percent: float, family: str = "overall", **more: Any) -> dict[str, Any]:
