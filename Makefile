@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := codebook_builder runtime schemas reference_vlm jobs benchmarks tests
 
-.PHONY: help demo test lint types bench fault reference clean
+.PHONY: help demo test lint types bench pages fault reference clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -37,6 +37,10 @@ bench: $(STAMP)  ## run the benchmarks and write benchmarks/results/*.json
 	$(BIN)/python -m benchmarks.selection
 	$(BIN)/python -m benchmarks.runtime
 	$(BIN)/python -m benchmarks.accuracy
+
+pages: $(STAMP)  ## write the figures in README.md and docs/ from benchmarks/results
+	$(BIN)/python -m benchmarks.readme
+	$(BIN)/python -m benchmarks.accuracy_page
 
 reference: $(STAMP)  ## train the reference VLM from scratch (hours on 2 cores; resumes)
 	$(BIN)/python -m reference_vlm.train --out runs/reference

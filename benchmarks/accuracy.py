@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 from rich.console import Console
 
+from benchmarks import OURS
 from benchmarks.downsample import shrunk, smaller_grid
-from benchmarks.methods import METHODS, OURS, SMALLER, Setting, described, rows_of_suite, schedule
+from benchmarks.methods import METHODS, SMALLER, Setting, described, rows_of_suite, schedule
 from benchmarks.reference_codebook import build
 from benchmarks.report import ROOT, publish
 from codebook_prune import Codebook, VisionZipPruner, load_model

@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
+from benchmarks import OURS
 from benchmarks.accuracy import Exam, Work, interval, reference_codebook
-from benchmarks.methods import OURS, QUESTION, described
+from benchmarks.methods import QUESTION, described
 from benchmarks.report import publish
 from codebook_prune import Codebook, CodebookDiversityPruner, ContextPruner, RateCurve, load_model
 from reference_vlm import CHECKPOINT

@@ -26,8 +26,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from benchmarks import ROOT
 from benchmarks.processes import descendants
-from benchmarks.report import ROOT
 from codebook_builder.commit import read_marker, read_part, verify_part
 from codebook_builder.shards import write_shard
 from reference_vlm import CHECKPOINT

@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from benchmarks.report import ROOT
+from benchmarks import ROOT
 from codebook_builder import artefact
 from codebook_builder.artefact import Origin, Prototypes, read_provenance
 from codebook_prune.codebook import Codebook

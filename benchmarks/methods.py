@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from benchmarks import OURS
 from benchmarks.downsample import CornerPruner, smaller_grid
 from codebook_prune import (
     CDPrunerPruner,
@@ -32,7 +33,6 @@ from reference_vlm.scenes import GRID
 
 SMALLER = "smaller picture"
 """The control that shrinks the picture instead: its images are drawn anew for every budget."""
-OURS = "codebook and diversity"
 STAGES = 4
 """PyramidDrop's stages of equal depth."""
 

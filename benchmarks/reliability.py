@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import RESULTS, Row, envelope, publish
+from benchmarks import RESULTS
+from benchmarks.report import Row, envelope, publish
 
 
 def hostile(given: argparse.Namespace, stored: Sequence[Row]) -> Iterator[Row]:

@@ -28,8 +28,9 @@ from rich.console import Console
 from rich.table import Table
 
 from reference_vlm import CHECKPOINT
-from reference_vlm.evaluate import answers, inputs_of, is_right, prompt_of
-from reference_vlm.scenes import GRID, make_scene, render
+from reference_vlm.demo_overlay import draw_overlays
+from reference_vlm.evaluate import answers, inputs_of, is_right
+from reference_vlm.scenes import GRID
 from reference_vlm.suites import Prompt, make_suite
 
 ROOT = Path(__file__).parents[1]
@@ -217,23 +218,6 @@ def print_table(results: Sequence[Result], questions: int) -> None:
     console.print(table)
 
 
-def draw_overlays(model: Any, processor: Any, codebook: Any, path: Path, scene_number: int = 20) -> None:
-    """One held-out image with the dropped tokens greyed out, at every ratio side by side."""
-    from codebook_prune.overlay import draw_overlay, enlarged, save_picture, sheet
-
-    image = render(make_scene("test", scene_number))
-    inputs = processor(images=[image], text=[prompt_of(processor, "Describe the image.")], return_tensors="pt")
-    pictures, captions = [enlarged(image)[0]], [f"all {GRID * GRID} tokens"]
-    for ratio in RATIOS[1:]:
-        pruner = pruners(codebook, ratio)["codebook and diversity"]
-        with torch.inference_mode(), pruner(model):
-            model(**inputs, logits_to_keep=1)
-        kept, position = pruner.stats.kept[0].cpu(), pruner.stats.position[0].cpu()
-        pictures.append(draw_overlay(image, position, kept))
-        captions.append(f"{int(kept.sum())} tokens kept ({ratio:.0%})")
-    save_picture(sheet(pictures, captions, len(pictures)), path)
-
-
 def draw_chart(results: Sequence[Result], questions: int, path: Path) -> None:
     """Bar chart of accuracy against visual tokens."""
     import matplotlib
@@ -277,7 +261,8 @@ def main() -> None:
     console.rule("3  prune held-out images")
     model, processor = load_model(str(CHECKPOINT))
     results = compare(model, processor, codebook, args.questions)
-    draw_overlays(model, processor, codebook, folder / "overlay.png")
+    shown = {name: [pruners(codebook, ratio)[name] for ratio in RATIOS[1:]] for name in ("codebook and diversity", "random")}
+    draw_overlays(model, processor, shown, folder / "overlay.png")
     draw_chart(results, args.questions // len(FAMILIES) * len(FAMILIES), folder / "accuracy.png")
     console.print(f"pictures: {folder / 'overlay.png'}, {folder / 'accuracy.png'}")
     console.print(f"codebook: {folder / 'codebook'} ({len(codebook)} prototypes); {time.perf_counter() - started:.0f} s in all")

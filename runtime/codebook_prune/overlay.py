@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import Tensor
 
 from codebook_schemas import UserError
@@ -18,15 +18,20 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 SMALLEST_SIDE = 480
 WIDEST_SHEET = 2400
 GAP = 8
-DIM = (0.35, 60)
-"""Factor and offset of the grey that dropped cells fade to: dark beside bright places, and still grey beside dark ones."""
+DIM = (0.35, 15)
+"""Factor and offset of the grey that dropped cells fade to: dark, but not black."""
+EDGE, GRID_LINE = (255, 255, 255), (92, 92, 92)
+"""Colours around the kept cells and between the dropped ones; both are drawn on dropped cells only."""
+SMALLEST_CELL = 12
+"""Pixels a cell needs for lines between the dropped ones."""
 Box = tuple[float, float, float, float]
 
 
 def draw_overlay(image: Image.Image, position: Tensor, kept: Tensor, *, seen: Box | None = None) -> Image.Image:
-    """The image with the places of dropped tokens faded to grey.
+    """The image with the places of dropped tokens faded to dark grey, a thin line around what was kept.
 
-    Small images are enlarged by a whole factor first, and cells have hard edges, so the picture is crisp at any size.
+    Small images are enlarged by a whole factor first, and cells have hard edges, so the picture is crisp at any size. Kept
+    cells keep their pixels.
 
     Args:
         image: RGB.
@@ -37,15 +42,31 @@ def draw_overlay(image: Image.Image, position: Tensor, kept: Tensor, *, seen: Bo
     edges = seen or (0, 0, *image.size)
     image, scale = enlarged(image)
     left, top, right, bottom = (round(edge * scale) for edge in edges)
-    rows, columns = (position.max(0).values + 1).tolist()
-    cells = np.zeros((rows, columns), np.uint8)
+    cells = np.zeros((position.max(0).values + 1).tolist(), np.uint8)
     for (row, column), stays in zip(position.tolist(), kept.tolist(), strict=True):
         if row >= 0 and stays:
             cells[row, column] = 255
     mask = Image.new("L", image.size, 0)
     mask.paste(Image.fromarray(cells).resize((right - left, bottom - top), Image.Resampling.NEAREST), (left, top))
     dim = ImageOps.grayscale(image).point([int(value * DIM[0] + DIM[1]) for value in range(256)]).convert("RGB")
+    _draw_grid(dim, (left, top, right, bottom), cells.shape)
+    dim.paste(EDGE, mask=mask.filter(ImageFilter.MaxFilter(2 * min(4, max(image.size) // 240) + 1)))
     return Image.composite(image, dim, mask)
+
+
+def _draw_grid(picture: Image.Image, box: tuple[int, int, int, int], shape: tuple[int, ...]) -> None:
+    """Lines between the cells of a grid of `shape` (rows, columns) that covers `box`, where cells are large enough."""
+    left, top, right, bottom = box
+    rows, columns = shape
+    if min((right - left) / columns, (bottom - top) / rows) < SMALLEST_CELL:
+        return
+    pen = ImageDraw.Draw(picture)
+    for column in range(1, columns):
+        x = left + (right - left) * column // columns
+        pen.line((x, top, x, bottom - 1), fill=GRID_LINE)
+    for row in range(1, rows):
+        y = top + (bottom - top) * row // rows
+        pen.line((left, y, right - 1, y), fill=GRID_LINE)
 
 
 def enlarged(image: Image.Image) -> tuple[Image.Image, int]:
@@ -70,13 +91,16 @@ def seen_box(image: Image.Image, image_processor: Any) -> Box | None:
     return left, top, left + width, top + height
 
 
-def sheet(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int) -> Image.Image:
-    """Pictures in rows of `columns`, scaled to one height, each with its caption underneath, at most `WIDEST_SHEET` wide."""
+def sheet(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int, *, letters: float = 1 / 28) -> Image.Image:
+    """Pictures in rows of `columns`, scaled to one height, each with its caption underneath, at most `WIDEST_SHEET` wide.
+
+    `letters` is their size as a fraction of a picture's height.
+    """
     height = max(picture.height for picture in pictures)
     widest = max(round(p.width * height / p.height) for p in pictures)
     height = max(1, min(height, height * (WIDEST_SHEET // min(columns, len(pictures)) - GAP) // widest))
     scaled = [p if p.height == height else p.resize((max(1, round(p.width * height / p.height)), height)) for p in pictures]
-    size = max(14, height // 28)
+    size = max(14, int(height * letters))
     lines = max(caption.count("\n") for caption in captions) + 1
     band, font = round((lines + 1) * 1.2 * size), ImageFont.load_default(size)
     rows = [range(i, min(i + columns, len(scaled))) for i in range(0, len(scaled), columns)]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from codebook_folder import write_codebook
 
-from benchmarks import accuracy
+from benchmarks import OURS, accuracy
 from benchmarks.accuracy import Exam, Work, interval, lead
-from benchmarks.methods import METHODS, OURS, Setting, described, rows_of_suite, schedule, stage_ratio
+from benchmarks.methods import METHODS, Setting, described, rows_of_suite, schedule, stage_ratio
 from codebook_prune import Codebook, CodebookPruner, PyramidPruner, RandomPruner
 from reference_vlm.evaluate import answers, is_right
 from reference_vlm.suites import make_suite

@@ -16,9 +16,11 @@ from codebook_prune import UserError
 from codebook_prune.answer import Run
 from codebook_prune.drawing import kept_pictures
 from codebook_prune.media import Media
-from codebook_prune.overlay import check_picture_path, draw_overlay, save_picture, seen_box, sheet
+from codebook_prune.overlay import EDGE, GRID_LINE, check_picture_path, draw_overlay, save_picture, seen_box, sheet
 
 GRID = torch.tensor([[r, c] for r in range(4) for c in range(4)])
+DIMMED = 58
+"""What (250, 80, 30) fades to."""
 
 
 @pytest.mark.parametrize("size", [(32, 32), (30, 61), (700, 500), (1001, 333)])
@@ -31,14 +33,18 @@ def test_kept_cells_keep_their_pixels_and_dropped_ones_are_grey(size: tuple[int,
     height, width = picture.shape[:2]
     for i in range(16):
         row, column = divmod(i, 4)
-        band = picture[height * row // 4 + 2 : height * (row + 1) // 4 - 2]
-        cell = band[:, width * column // 4 + 2 : width * (column + 1) // 4 - 2]
-        if kept[i]:
-            assert (cell == [250, 80, 30]).all()
-        else:
-            assert np.ptp(cell) == 0
-            assert 60 <= cell.max() < 150
-    assert len({tuple(p) for p in picture.reshape(-1, 3).tolist()}) == 2  # hard edges, nothing in between
+        margin = 1 if kept[i] else 6  # lines are drawn on dropped cells
+        band = picture[height * row // 4 + margin : height * (row + 1) // 4 - margin]
+        cell = band[:, width * column // 4 + margin : width * (column + 1) // 4 - margin]
+        assert np.unique(cell.reshape(-1, 3), axis=0).tolist() == [[250, 80, 30] if kept[i] else [DIMMED] * 3]
+    found = {tuple(p) for p in picture.reshape(-1, 3).tolist()}
+    assert found == {(250, 80, 30), (DIMMED,) * 3, EDGE, GRID_LINE}  # hard edges, nothing in between
+
+
+def test_small_cells_have_no_lines_between_them() -> None:
+    places = torch.cartesian_prod(torch.arange(60), torch.arange(60))
+    picture = np.asarray(draw_overlay(Image.new("RGB", (480, 480)), places, torch.zeros(3600, dtype=torch.bool)))
+    assert np.ptp(picture) == 0
 
 
 def test_newlines_have_no_place_in_the_picture() -> None:
