@@ -22,8 +22,8 @@ class ImageScores:
 
     token: [m] raster index in the image's grid; where it has several (crops, tiles), these one after the other. position:
     [m, 2] (row, column) in the token's own grid. top1_prob, region_divergence, global_divergence: [m], the divergences NaN
-    where the cascade made them needless. cls_similarity: [m] cosine to the encoder's [CLS], None for encoders without one.
-    embeddings: [m, d] connector outputs.
+    where the cascade made them needless, infinite where the model's answer was NaN. cls_similarity: [m] cosine to the encoder's
+    [CLS], None for encoders without one. embeddings: [m, d] connector outputs.
     """
 
     key: str
@@ -38,7 +38,8 @@ class ImageScores:
     @property
     def is_finite(self) -> bool:
         """False when the model answered with NaN or infinity (half precision overflows)."""
-        return bool(np.isfinite(self.embeddings).all() and np.isfinite(self.top1_prob).all())
+        answers = np.isfinite(self.embeddings).all() and np.isfinite(self.top1_prob).all()
+        return bool(answers and not np.isinf([self.region_divergence, self.global_divergence]).any())
 
 
 def low_information(scores: ImageScores, thresholds: tuple[float, float], config: ProbeConfig) -> NDArray[np.bool_]:
