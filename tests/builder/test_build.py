@@ -105,7 +105,7 @@ def test_bad_images_are_left_out_listed_and_limited(tmp_path: Path) -> None:
     members[2] = ("2.png", b"not an image")
     shard = write_tar(tmp_path / "a.tar", members)
     strict = small_config(str(shard), tmp_path / "book")
-    with pytest.raises(UserError, match=r"1 of 5 images cannot be used.*00000-a.tar 2: cannot decode"):
+    with pytest.raises(UserError, match=r"1 images cannot be used.* allows 5% of 6: 00000-a.tar 2: cannot decode"):
         build(strict)
     listed = json.loads((RunFolder.of(strict.output).path / "skipped.json").read_text())
     assert [(row["shard"], row["key"]) for row in listed] == [("00000-a.tar", "2")]
