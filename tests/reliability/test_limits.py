@@ -69,7 +69,7 @@ def test_segfault_hang_and_memory_are_given_up_and_strangers_do_not_get_in(tmp_p
     }
     assert "died" in found["00001-segfault"]
     assert "took more than 40 seconds" in found["00003-hang"]
-    assert "worker_memory_gb is 0.8" in found["00005-memory"]
+    assert "held more than 0.8 GiB" in found["00005-memory"]
     assert said["said"] == {"none": "", "wrong": "", "right": "connected"}
     assert [port for address, port in said["ports"] if address not in LOOPBACK] == [said["control"]]
     assert len(said["ports"]) > 8  # Ray's own
