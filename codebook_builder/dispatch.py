@@ -186,9 +186,9 @@ class Dispatch:
         except UserError as error:  # as raised in the worker, without Ray's traceback
             raise UserError(str(getattr(error, "cause", error))) from None
         except ray.exceptions.RayTaskError:
-            task, error = worker.held.pop(ref), traceback.format_exc()
+            task, trace = worker.held.pop(ref), traceback.format_exc()
             self._go_on(worker)
-            yield from self._again(task, error)
+            yield from self._again(task, trace)
         except ray.exceptions.RayError:
             yield from self._bury(worker, traceback.format_exc())
         else:
