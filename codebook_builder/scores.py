@@ -42,6 +42,12 @@ class ImageScores:
         return bool(answers and not np.isinf([self.region_divergence, self.global_divergence]).any())
 
 
+def joint_influence(region: Floats, whole: Floats, region_weight: float, global_weight: float) -> NDArray[np.float64]:
+    """J = region_weight * region + global_weight * global [m] in float64; NaN where the cascade skipped an experiment."""
+    found: NDArray[np.float64] = region_weight * region.astype(np.float64) + global_weight * whole.astype(np.float64)
+    return found
+
+
 def low_information(scores: ImageScores, thresholds: tuple[float, float], config: ProbeConfig) -> NDArray[np.bool_]:
     """Which probed tokens carry little information: [m] bool (arXiv 2503.20540, equation for J in section 3.2).
 
@@ -54,8 +60,7 @@ def low_information(scores: ImageScores, thresholds: tuple[float, float], config
         thresholds: (t_p, t_j), on the scale of `config.divergence`.
         config: the weights.
     """
-    influence = scores.region_divergence.astype(np.float64) * config.region_weight
-    influence = influence + scores.global_divergence.astype(np.float64) * config.global_weight
+    influence = joint_influence(scores.region_divergence, scores.global_divergence, config.region_weight, config.global_weight)
     low: NDArray[np.bool_] = (scores.top1_prob < np.float64(thresholds[0])) & (influence < thresholds[1])
     return low
 
