@@ -14,14 +14,17 @@ from codebook_builder.artefact import Origin, Prototypes
 from codebook_builder.commit import Marker, committed
 from codebook_builder.costs import Work
 from codebook_builder.progress import Progress
-from codebook_builder.publish import choose, resolve_thresholds
-from codebook_builder.run import Probed, RunFolder, calibration_limits, with_cascade, with_thresholds
+from codebook_builder.publish import choose, resolve_thresholds, source_of, split_sources
+from codebook_builder.run import Probed, Resolved, RunFolder, calibration_limits, with_cascade, with_thresholds
 from codebook_builder.tasks import Failure, ProbeSpec, Runner, ShardTask
 from codebook_builder.upload import check_unclaimed, upload
 from codebook_schemas import BuildConfig, CodebookManifest, UserError
 from codebook_schemas.files import replace_atomically
 from codebook_schemas.inputs import InputManifest
 from codebook_schemas.object_store import ObjectPath, Place, place
+
+MIN_JUDGED = 100
+"""`cluster.max_bad_fraction` is a fraction of all images of the build; of calibration's own, but of at least so many."""
 
 
 class QuarantinedError(Exception):
@@ -76,13 +79,12 @@ class Build:
         output = place(self.config.output)
         inputs = self.run.inputs(self.config.shards)
         if artefact.manifest_exists(output):
-            return self._finished(output, self._source(inputs))
+            return self._finished(output, inputs)
         if isinstance(output, ObjectPath):
             check_unclaimed(output, self.run.path / "claim")
         else:
             artefact.check_free(output)
-        probed, limits = self.probe(inputs)
-        prototypes, origin = choose(self.config, probed, limits, self._source(inputs))
+        prototypes, origin = self._choose(inputs)
         return self._report(output, self._write(output, prototypes, origin))
 
     def _write(self, output: Place, prototypes: Prototypes, origin: Origin) -> CodebookManifest:
@@ -116,30 +118,49 @@ class Build:
         self.config = with_thresholds(self.config, (limits.top1_prob, limits.influence))
         self.fingerprint = manifest.model.fingerprint
         inputs = self.run.inputs(self.config.shards)
-        artefact.check_new_source(folder, manifest, self._source(inputs))
-        probed, resolved = self.probe(inputs)
-        prototypes, origin = choose(self.config, probed, resolved, self._source(inputs), extending=True)
+        if (source := source_of(inputs)) in split_sources(manifest.source):
+            raise UserError(f"codebook {folder} was already built from or extended with these images ({source})")
+        prototypes, origin = self._choose(inputs, extending=True)
         return self._report(folder, artefact.extend(folder, prototypes, origin, self.config.rows_per_shard))
 
-    def probe(self, inputs: InputManifest) -> tuple[Probed, tuple[float, float]]:
-        """Probe what is not committed yet; the scores and the resolved thresholds."""
-        self.run.claim(self.config)
-        limits = self._calibrate(inputs)
-        resolved = with_thresholds(self.config, limits)
-        spec = self._spec(resolved, limits if self.config.probe.cascade else None)
-        tasks = [ShardTask(spec, shard, self.run.parts) for shard in inputs.shards]
-        self._process(tasks, "probe", sum(s.samples for s in inputs.shards))
-        return Probed.load(self.run.parts, inputs, resolved.probe_hash), limits
+    def _choose(self, inputs: InputManifest, *, extending: bool = False) -> tuple[Prototypes, Origin]:
+        """Probe, and select from the scores."""
+        probed, resolved = self.probe(inputs)
+        self.quarantined = [shard.name for shard in inputs.shards if shard.name not in probed.markers]
+        source = source_of(inputs, len(self.quarantined), len(resolved.without))
+        return choose(self.config, probed, resolved.limits, source, extending=extending)
 
-    def _calibrate(self, inputs: InputManifest) -> tuple[float, float]:
+    def probe(self, inputs: InputManifest) -> tuple[Probed, Resolved]:
+        """Probe what is not committed yet; the scores and the resolved thresholds."""
+        created = self.run.claim(self.config)
+        try:
+            found = self._calibrate(inputs)
+            resolved = with_thresholds(self.config, found.limits)
+            spec = self._spec(resolved, found.limits if self.config.probe.cascade else None)
+            self._process([ShardTask(spec, shard, self.run.parts) for shard in inputs.shards], "probe", inputs)
+        except BaseException:
+            if created:
+                self.run.unclaim()
+            raise
+        self.run.claim(self.config)  # another driver of this build may have failed, and taken it along
+        return Probed.load(self.run.parts, inputs, resolved.probe_hash), found
+
+    def _calibrate(self, inputs: InputManifest) -> Resolved:
+        """Thresholds from the calibration images; raises UserError for recorded ones that lack a shard, without consent."""
         if self.config.thresholds.is_resolved:
             return resolve_thresholds(self.run, inputs, self.config)
         spec = self._spec(with_cascade(self.config, False), None)
         limits = calibration_limits(inputs, self.config.thresholds.calibration_images)
         shards = inputs.shards[: len(limits)]
         tasks = [ShardTask(spec, s, self.run.calibration, limit=n) for s, n in zip(shards, limits, strict=True)]
-        self._process(tasks, "calibrate", sum(limits))
-        return self.run.store_thresholds(self.config.thresholds, resolve_thresholds(self.run, inputs, self.config))
+        self._process(tasks, "calibrate", inputs)
+        stored = self.run.store_thresholds(self.config.thresholds, resolve_thresholds(self.run, inputs, self.config))
+        if stored.without and not self.allow_quarantine:
+            raise UserError(
+                f"{self.run.parts} holds scores by thresholds that were resolved without {', '.join(stored.without)}, which is "
+                "calibrated now: delete that folder to score all images by the right ones, or keep them with --allow-quarantine"
+            )
+        return stored
 
     def _spec(self, config: BuildConfig, limits: tuple[float, float] | None) -> ProbeSpec:
         path = Path(config.model).expanduser()
@@ -155,11 +176,13 @@ class Build:
             fingerprint=self.fingerprint,
         )
 
-    def _process(self, tasks: list[ShardTask], name: str, samples: int) -> None:
+    def _process(self, tasks: list[ShardTask], name: str, inputs: InputManifest) -> None:
         """Run the tasks that no marker answers yet; stop early when too many samples are bad."""
         done = done_markers(tasks)
         skipped = [(n, s.key, s.reason) for n, marker in done.items() for s in marker.skipped]
-        self._check_skipped(skipped, samples)
+        samples = sum(task.shard.samples if task.limit is None else task.limit for task in tasks)
+        judged = max(samples, min(MIN_JUDGED, sum(shard.samples for shard in inputs.shards)))
+        self._check_skipped(skipped, judged)
         failed: list[str] = []
         with Progress(name, samples, sum(m.images + len(m.skipped) for m in done.values()), self.quiet) as progress:
             for outcome in self.runner([task for task in tasks if task.shard.name not in done]):
@@ -171,43 +194,46 @@ class Build:
                 (self.run.quarantine / f"{outcome.shard}.txt").unlink(missing_ok=True)
                 skipped += [(outcome.shard, s.key, s.reason) for s in outcome.skipped]
                 progress.advance(outcome)
-                self._check_skipped(skipped, samples)
+                self._check_skipped(skipped, judged)
         self.work += progress.work
         if failed and not self.allow_quarantine:
             raise QuarantinedError(sorted(failed), self.run.quarantine)
-        self.quarantined = sorted({*self.quarantined, *failed})
 
     def _quarantine(self, failure: Failure) -> None:
         self.run.quarantine.mkdir(parents=True, exist_ok=True)
         replace_atomically(self.run.quarantine / f"{failure.task.shard.name}.txt", failure.error.encode())
 
-    def _check_skipped(self, skipped: list[tuple[str, str, str]], samples: int) -> None:
-        """List bad samples in skipped.json; a UserError when there are more than `max_bad_fraction` of all samples."""
+    def _check_skipped(self, skipped: list[tuple[str, str, str]], judged: int) -> None:
+        """List bad samples in skipped.json; a UserError when there are more than `max_bad_fraction` of so many samples."""
         if not skipped:
             return
         rows = [{"shard": shard, "key": key, "reason": reason} for shard, key, reason in sorted(skipped)]
         path = self.run.path / "skipped.json"
         replace_atomically(path, (json.dumps(rows, indent=1) + "\n").encode())
         allowed = self.config.cluster.max_bad_fraction
-        if len(skipped) > allowed * samples:
+        if len(skipped) > allowed * judged:
             some = "; ".join(f"{row['shard']} {row['key']}: {row['reason']}" for row in rows[:3])
             raise UserError(
-                f"{len(skipped)} of {samples} images cannot be used, cluster.max_bad_fraction allows {allowed:.0%}: {some}"
+                f"{len(skipped)} images cannot be used, cluster.max_bad_fraction allows {100 * allowed:g}% of {judged}: {some}"
                 f"{'; ...' if len(rows) > 3 else ''} (all in {path})"
             )
 
-    def _source(self, inputs: InputManifest) -> str:
-        left_out = f" without {len(self.quarantined)} shards" if self.quarantined else ""
-        return f"inputs:{inputs.content_hash}{left_out}"
-
-    def _finished(self, output: Place, source: str) -> Report:
-        manifest = CodebookManifest.read(output)
-        if (manifest.config_hash, manifest.version) != (self.config.content_hash, 1) or manifest.source != source:
+    def _finished(self, output: Place, inputs: InputManifest) -> Report:
+        manifest, source = CodebookManifest.read(output), source_of(inputs)
+        sources = split_sources(manifest.source)
+        if (manifest.config_hash, manifest.version, *sources) != (self.config.content_hash, 1, source):
             raise UserError(
                 f"{output} already holds a codebook of another build (configuration {manifest.config_hash}, {manifest.source}; "
                 f"this is {self.config.content_hash}, {source}): choose another output, or remove it"
             )
+        if sources[source] and not self.allow_quarantine:
+            raise UserError(
+                f"{output} holds the codebook of an incomplete build ({sources[source]}): keep it with --allow-quarantine, or "
+                "remove it to build it anew"
+            )
         manifest.verify(output)
+        if sources[source]:
+            self.quarantined = [s.name for s in inputs.shards if (self.run.quarantine / f"{s.name}.txt").exists()]
         return self._report(output, manifest)
 
     def _report(self, output: Place, manifest: CodebookManifest) -> Report:

@@ -146,12 +146,12 @@ def run(
 
 
 @app.command()
-def select(config: Config, output: Output, as_json: Json = False) -> None:
+def select(config: Config, output: Output, allow_quarantine: Quarantine = False, as_json: Json = False) -> None:
     """Select again from a build's stored scores, with the config's thresholds and selection. Loads no model."""
     from codebook_builder.publish import reselect
     from codebook_schemas import BuildConfig
 
-    manifest = reselect(BuildConfig.from_file(config), output.expanduser().absolute())
+    manifest = reselect(BuildConfig.from_file(config), output.expanduser().absolute(), allow_quarantine=allow_quarantine)
     _print(_summary(output, manifest), as_json)
 
 

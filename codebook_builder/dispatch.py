@@ -174,6 +174,7 @@ class Dispatch:
                 raise UserError(f"workers die while they start: {str(error).strip().splitlines()[-1]}") from None
             self._replace(worker)
             return
+        self.failed_starts = 0  # nodes come and go: only failures in a row say that none can start
         if code != self.code:
             raise UserError(f"workers run other code ({code}) than the driver ({self.code}): submit jobs/build_codebook.py")
 
@@ -185,14 +186,22 @@ class Dispatch:
         except UserError as error:  # as raised in the worker, without Ray's traceback
             raise UserError(str(getattr(error, "cause", error))) from None
         except ray.exceptions.RayTaskError:
-            worker.since = time.monotonic()
-            yield from self._again(worker.held.pop(ref), traceback.format_exc())
+            task, trace = worker.held.pop(ref), traceback.format_exc()
+            self._go_on(worker)
+            yield from self._again(task, trace)
         except ray.exceptions.RayError:
             yield from self._bury(worker, traceback.format_exc())
         else:
             del worker.held[ref]
-            worker.since = time.monotonic()
+            self._go_on(worker)
             yield result
+
+    def _go_on(self, worker: _Worker) -> None:
+        """An actor begins with its next shard, unless it was killed for one that ended just then: others get what it holds."""
+        worker.since = time.monotonic()
+        if worker.late:
+            self.queue.extendleft(reversed(worker.held.values()))
+            self._replace(worker)
 
     def _bury(self, worker: _Worker, error: str) -> Iterator[Outcome]:
         """An actor died: the shard it ran is blamed, unless the machine went away.
@@ -211,7 +220,8 @@ class Dispatch:
         if worker.late:
             error = f"the shard took more than {self.config.shard_seconds:g} seconds (cluster.shard_seconds)"
         elif self.config.worker_memory_gb:
-            error += f"\nthe worker died; cluster.worker_memory_gb is {self.config.worker_memory_gb:g}\n"
+            limit = f"held more than {self.config.worker_memory_gb:g} GiB (cluster.worker_memory_gb)"
+            error += f"\nthe worker died: it crashed, was killed, or {limit}; which of these is not known\n"
         lost, *rest = held
         self.queue.extendleft(reversed(rest))
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from codebook_builder.artefact import Origin, Prototypes, create
 from codebook_prune.adapters.loading import families
 from codebook_schemas import CodebookManifest, ModelInfo, Thresholds, UserError
+from codebook_schemas.errors import one_line
 from codebook_schemas.files import read_json
 
 NAMES = ("prototypes", "codebook")
@@ -34,10 +36,14 @@ def import_prototypes(
     """
     if family not in (known := families()):
         raise UserError(f"model type '{family}' is not supported; supported: {', '.join(sorted(known))}")
+    if not file.is_file():
+        raise UserError(f"prototype file {file} does not exist or is not a file")
     meta = _read_meta(file.with_name("meta.json"))
     name = model or meta.get("model")
     if not isinstance(name, str) or not name:
         raise UserError(f"{file} does not say which model it belongs to: give --model")
+    if not name.isprintable():
+        raise UserError(f"model id {one_line(name, 80)} is not printable text")
     vectors = _pick(_load(file), file)
     images = meta.get("source_images")
     if images is not None and (not isinstance(images, list) or len(images) != len(vectors)):
@@ -45,20 +51,25 @@ def import_prototypes(
     support = len(Counter(map(str, images))) if images else 1
     divergence = meta.get("divergence", "reference")
     if divergence not in ("jsd", "reference"):
-        raise UserError(f"meta.json: divergence must be jsd or reference, not {divergence!r}")
+        raise UserError(f"meta.json: divergence must be jsd or reference, not {one_line(repr(divergence), 40)}")
     limits = Thresholds(top1_prob=_number(meta, "t_p"), influence=_number(meta, "t_j"), divergence=divergence)
     rows = torch.full((len(vectors),), support, dtype=torch.int32)
     prototypes = Prototypes(vectors, rows, torch.zeros_like(rows), None)
     counts = {"prototypes": len(vectors)} | ({"source_images": support} if images else {})
-    origin = Origin(ModelInfo(id=name, family=family), limits, counts, source=f"import:{file.name}")
+    origin = Origin(ModelInfo(id=name, family=family), limits, counts, source=f"import:{one_line(file.name)}")
     return create(output, prototypes, origin, rows_per_shard)
 
 
 def _number(meta: dict[str, Any], key: str) -> float | None:
     value = meta.get(key)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise UserError(f"meta.json: {key} must be a number, not {value!r}")
-    return None if value is None else float(value)
+    if value is None:
+        return None
+    try:
+        if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        pass
+    raise UserError(f"meta.json: {key} must be a finite number, not {one_line(repr(value), 40)}")
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
@@ -77,8 +88,6 @@ def _load(file: Path) -> dict[str, Any]:
     """Everything in the file by name; .pt files are read without running any code in them."""
     from safetensors.torch import load_file
 
-    if not file.is_file():
-        raise UserError(f"prototype file {file} does not exist")
     if file.suffix not in (".safetensors", ".pt", ".pth"):
         raise UserError(f"prototype file {file} must be .safetensors or .pt")
     try:

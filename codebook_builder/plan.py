@@ -21,9 +21,9 @@ from PIL import Image
 from codebook_builder.costs import Work
 from codebook_builder.memory import check_fits, free_memory, gib, keep_freed_memory, peak_resident
 from codebook_builder.probe import Prober
-from codebook_builder.run import resolve
+from codebook_builder.run import read_inputs, resolve
 from codebook_builder.scores import ImageScores, to_table
-from codebook_builder.shards import read_shard, scan
+from codebook_builder.shards import read_shard
 from codebook_builder.worker import load_once
 from codebook_schemas import BuildConfig, UserError
 from codebook_schemas.inputs import InputManifest
@@ -74,7 +74,7 @@ def plan(config: BuildConfig, images: int = 2) -> Plan:
     Raises:
         UserError: bad input, no readable image, or the workers cannot fit into memory.
     """
-    inputs = _inputs(config)
+    inputs = read_inputs(config.shards)
     total = sum(shard.samples for shard in inputs.shards)
     workers = min(config.cluster.workers, len(inputs.shards))
     device = "cuda" if config.cluster.gpus_per_worker > 0 else "cpu"
@@ -139,11 +139,6 @@ def _calibrate(
     probe = config.probe.model_copy(update={"cascade": False})
     scores, cost = _measure(Prober(*loaded, probe, None, seed=config.seed), pictures, keys)
     return resolve(config, iter([to_table(scores, "plan", scores[0].embeddings.shape[1])])), cost
-
-
-def _inputs(config: BuildConfig) -> InputManifest:
-    patterns = config.shards
-    return InputManifest.read(place(patterns[0])) if len(patterns) == 1 and patterns[0].endswith(".json") else scan(patterns)
 
 
 def _first_images(inputs: InputManifest, count: int) -> tuple[list[str], list[Image.Image]]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from codebook_builder.costs import ProbeCounters, Work, measured_peak
 from codebook_builder.divergence import Candidates, top1_probability
 from codebook_builder.forward import ReadOut, SharedPrefix, last_position_only
-from codebook_builder.prompt import SplitPrompt, ablation_embedding, split_prompt
+from codebook_builder.prompt import SplitPrompt, ablation_embedding, plain_prompt, split_prompt
 from codebook_builder.runs import ImageRuns, Runs, Table, grids, text_runs
 from codebook_builder.sampling import sample_tokens
 from codebook_builder.scores import Floats, ImageScores
@@ -61,7 +61,7 @@ class Prober:
             seed: shifts the raster sample.
 
         Raises:
-            UserError: unsupported model type, no usable chat template, or a decoder without full, causal attention.
+            UserError: as `plain_prompt`; unsupported model type, or a decoder without full, causal attention.
         """
         self.counters = ProbeCounters()
         self._config, self._processor, self._seed = config, processor, seed
@@ -76,7 +76,7 @@ class Prober:
         with torch.inference_mode(), last_position_only(self._adapter.decoder):
             self._ablated = ablation_embedding(model, processor)
             self._chats: dict[tuple[int, ...], SharedPrefix] = {}
-            self._chat(split_prompt(self._adapter, processor, config, Image.new("RGB", (64, 64))))
+            self._chat(plain_prompt(self._adapter, processor, config))
         self._publish()
 
     def probe(self, images: Sequence[Image.Image], keys: Sequence[str]) -> list[ImageScores]:
@@ -98,7 +98,7 @@ class Prober:
         """The CPU's share of an image, tokens and pixels, ready for a fast copy to a GPU; another thread may do it.
 
         Raises:
-            UserError: as `split_prompt`.
+            BadImageError: as `split_prompt`.
         """
         prompt = split_prompt(self._adapter, self._processor, self._config, image)
         if not self._embed.weight.is_cuda:
@@ -238,5 +238,6 @@ class Prober:
 
 
 def _floats(values: Tensor) -> Floats:
-    found: Floats = values.float().cpu().numpy()
+    """For `ImageScores`, where NaN stands for what was not computed: what was computed and is NaN becomes infinite."""
+    found: Floats = values.float().nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).cpu().numpy()
     return found

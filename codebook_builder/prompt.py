@@ -12,6 +12,14 @@ from torch import Tensor
 
 from codebook_prune.adapters.base import VLMAdapter
 from codebook_schemas import ProbeConfig, UserError
+from codebook_schemas.errors import one_line
+
+PASSING = (MemoryError, OSError, torch.OutOfMemoryError)
+"""What the machine is at fault for, not the image: another attempt may do better."""
+
+
+class BadImageError(UserError):
+    """An image that the model's processor or template cannot take; others may be fine."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +37,8 @@ class SplitPrompt:
     suffix: Tensor
 
 
-def split_prompt(adapter: VLMAdapter, processor: Any, config: ProbeConfig, image: Image.Image) -> SplitPrompt:
-    """Chat template with one image and `config.prompt`, generation prompt added, `config.skip_answer_ids` appended.
+def plain_prompt(adapter: VLMAdapter, processor: Any, config: ProbeConfig) -> SplitPrompt:
+    """The prompt around a plain image that any model can take: what is wrong with it is wrong with all.
 
     Raises:
         UserError: the processor has no chat template, the template does not place the image with text behind it, or
@@ -38,21 +46,36 @@ def split_prompt(adapter: VLMAdapter, processor: Any, config: ProbeConfig, image
     """
     if getattr(processor, "chat_template", None) is None:
         raise UserError("this model's processor has no chat template: probing needs one to place the image and the prompt")
+    size = len(adapter.model.get_input_embeddings().weight)
+    if wrong := [i for i in config.skip_answer_ids if not 0 <= i < size]:
+        raise UserError(f"probe.skip_answer_ids: {wrong[0]} is not a token of this model (0 .. {size - 1})")
+    try:
+        return split_prompt(adapter, processor, config, Image.new("RGB", (64, 64)))
+    except BadImageError as error:
+        raise UserError(f"probe.prompt cannot be put into this model's chat template: {error}") from None
+
+
+def split_prompt(adapter: VLMAdapter, processor: Any, config: ProbeConfig, image: Image.Image) -> SplitPrompt:
+    """Chat template with one image and `config.prompt`, generation prompt added, `config.skip_answer_ids` appended.
+
+    Raises:
+        BadImageError: the processor refuses it, or the template does not place it with text behind it; see `plain_prompt`.
+    """
     content = [{"type": "image", "image": image.convert("RGB")}, {"type": "text", "text": config.prompt}]
     chat = [{"role": "user", "content": content}]
     try:
         inputs = processor.apply_chat_template(
             chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
-    except ValueError as error:  # the processor counts images and placeholders
-        raise UserError(f"probe.prompt cannot be put into this model's chat template: {' '.join(str(error).split())}") from None
+    except Exception as error:  # processors check little: an odd size ends in whatever their arithmetic raises
+        if isinstance(error, PASSING) or "memory" in str(error):
+            raise
+        reason = one_line(f"{type(error).__name__}: {error}", 200)
+        raise BadImageError(f"the model's processor refuses {image.width} x {image.height} pixels: {reason}") from None
     ids: Tensor = inputs["input_ids"][0]
     visual = adapter.visual_mask(ids).nonzero().flatten()
     if len(visual) == 0 or int(visual[-1]) + 1 == len(ids):
-        raise UserError("the model's chat template must place one image with text after it: this model cannot be probed")
-    size = len(adapter.model.get_input_embeddings().weight)
-    if wrong := [i for i in config.skip_answer_ids if not 0 <= i < size]:
-        raise UserError(f"probe.skip_answer_ids: {wrong[0]} is not a token of this model (0 .. {size - 1})")
+        raise BadImageError("the model's chat template does not place it with text after it")
     first, last = int(visual[0]), int(visual[-1])
     suffix = torch.cat([ids[last + 1 :], torch.tensor(config.skip_answer_ids, dtype=ids.dtype)])
     return SplitPrompt(inputs, ids[:first], ids[first : last + 1], suffix)

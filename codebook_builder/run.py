@@ -28,9 +28,18 @@ from codebook_builder.select import influence
 from codebook_builder.shards import expand, scan
 from codebook_schemas import BuildConfig, Quantile, ThresholdConfig, UserError
 from codebook_schemas.config import content_hash
+from codebook_schemas.errors import one_line
 from codebook_schemas.files import create_exclusively, read_json, replace_atomically
 from codebook_schemas.inputs import InputManifest
 from codebook_schemas.object_store import ObjectPath, Place, place
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Thresholds (t_p, t_j) as numbers, and the calibration shards that they were resolved without."""
+
+    limits: tuple[float, float]
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,8 +50,10 @@ class RunFolder:
 
     @classmethod
     def of(cls, output: str) -> RunFolder:
-        """The run folder of a codebook folder."""
+        """The run folder of a codebook folder; raises UserError for one that can have no folder beside it."""
         target = place(output)
+        if target.name in ("", "..") or "\0" in target.name:
+            raise UserError(f"output {one_line(output)} names no folder that a codebook could become")
         return cls(target.with_name(target.name + ".run"))
 
     @property
@@ -68,12 +79,9 @@ class RunFolder:
         """
         stored = self.path / "input.json"
         known = InputManifest.read(stored) if stored.exists() else None
-        if len(patterns) == 1 and patterns[0].endswith(".json"):
-            found = InputManifest.read(place(patterns[0]))
-        elif known is not None and _looks_unchanged(known, patterns):
+        if known is not None and not _is_scanned(patterns) and _looks_unchanged(known, patterns):
             return known
-        else:
-            found = scan(patterns)
+        found = read_inputs(patterns)
         if known is not None and known.content_hash != found.content_hash and self.has_scores:
             raise UserError(
                 f"{self.path} was started on other shards (inputs {known.content_hash}, now {found.content_hash}): "
@@ -96,44 +104,67 @@ class RunFolder:
         """Whether any shard was committed."""
         return any(any((folder / "_done").glob("*.json")) for folder in (self.parts, self.calibration))
 
-    def claim(self, config: BuildConfig) -> None:
-        """Record the configuration of this run's scores, or check that they were made with an equal one.
+    def claim(self, config: BuildConfig) -> bool:
+        """Record the configuration of this run's scores, or check that the recorded one is equal; True if this recorded it.
 
         Raises:
-            UserError: the folder holds scores of another configuration (names both hashes), or lies in a store that ignores the
-                condition of a put.
+            UserError: the folder is another configuration's (names both hashes), or lies in a store that ignores the condition
+                of a put.
         """
         path = self.path / "config.json"
         self.path.mkdir(parents=True, exist_ok=True)
         if isinstance(self.path, ObjectPath):
             (self.path / "exclusive").require_exclusive()
         text = (config.model_dump_json(indent=1) + "\n").encode()
-        if not create_exclusively(path, text) and not self.has_scores:
-            replace_atomically(path, text)  # an attempt that failed before its first score binds nobody
+        created = create_exclusively(path, text)
         old = self.probed_config()
         if old.probe_hash != config.probe_hash:
             raise UserError(
-                f"{self.path} holds scores of configuration {old.probe_hash}, this one is {config.probe_hash} "
+                f"{self.path} belongs to configuration {old.probe_hash}, this one is {config.probe_hash} "
                 f"(differs in: {', '.join(_differences(old, config))}): choose another output, delete that folder, "
                 "or, for other thresholds, use codebook-build select"
             )
+        return created
+
+    def unclaim(self) -> None:
+        """Forget the configuration, unless there are scores: a build that failed before its first one binds nobody."""
+        if not self.has_scores:
+            (self.path / "config.json").unlink(missing_ok=True)
 
     def probed_config(self) -> BuildConfig:
         """The configuration that the stored scores were made with."""
         path = self.path / "config.json"
         return BuildConfig.parse(_read_json(path, "run `codebook-build run` first"), str(path))
 
-    def store_thresholds(self, requested: ThresholdConfig, resolved: tuple[float, float]) -> tuple[float, float]:
-        """Record what quantiles resolved to; whoever was first decides, so that every later run uses the same numbers."""
+    def store_thresholds(self, requested: ThresholdConfig, found: Resolved) -> Resolved:
+        """Record what quantiles resolved to; whoever was first decides, so that every later run uses the same numbers.
+
+        Numbers that were resolved without some shard give way to later ones, until an image was scored by them.
+        """
         path = self.path / "thresholds.json"
-        record = {"requested": requested.model_dump(mode="json"), "top1_prob": resolved[0], "influence": resolved[1]}
-        create_exclusively(path, (json.dumps(record, indent=1) + "\n").encode())
+        record = {"requested": requested.model_dump(mode="json"), "top1_prob": found.limits[0], "influence": found.limits[1]}
+        text = (json.dumps(record | {"without": found.without}, indent=1) + "\n").encode()
+        create_exclusively(path, text)
+        stored = self.stored_thresholds(requested)
+        if stored is None:  # scores of the full set of experiments serve any thresholds
+            return found
+        if stored.without and stored != found and not any((self.parts / "_done").glob("*.json")):
+            replace_atomically(path, text)
+            return found
+        return stored
+
+    def stored_thresholds(self, requested: ThresholdConfig) -> Resolved | None:
+        """What `store_thresholds` recorded; None if nothing, or for other quantiles. Raises UserError for a damaged record."""
+        path = self.path / "thresholds.json"
+        if not path.exists():
+            return None
         data = _read_json(path, "delete the .run folder")
-        if data.get("requested") != record["requested"]:  # scores of the full set of experiments serve any thresholds
-            return resolved
+        if data.get("requested") != requested.model_dump(mode="json"):
+            return None
         try:
-            return float(data["top1_prob"]), float(data["influence"])
-        except (KeyError, TypeError, ValueError):
+            limits = float(data["top1_prob"]), float(data["influence"])
+            return Resolved(limits, tuple(str(name) for name in data.get("without", ())))
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise UserError(f"{path} is damaged: delete the .run folder") from None
 
 
@@ -179,6 +210,19 @@ class Probed:
     def skipped(self) -> list[dict[str, str]]:
         """Every unusable sample: shard, key and reason."""
         return [{"shard": n, "key": s.key, "reason": s.reason} for n, m in self.markers.items() for s in m.skipped]
+
+
+def read_inputs(patterns: tuple[str, ...]) -> InputManifest:
+    """The input manifest of a config's shards: read, if they are one scanned .json file, or scanned now.
+
+    Raises:
+        UserError: as `InputManifest.read` and `scan`.
+    """
+    return InputManifest.read(place(patterns[0])) if _is_scanned(patterns) else scan(patterns)
+
+
+def _is_scanned(patterns: tuple[str, ...]) -> bool:
+    return len(patterns) == 1 and patterns[0].endswith(".json")
 
 
 def calibration_limits(inputs: InputManifest, images: int) -> list[int]:

@@ -22,8 +22,8 @@ class ImageScores:
 
     token: [m] raster index in the image's grid; where it has several (crops, tiles), these one after the other. position:
     [m, 2] (row, column) in the token's own grid. top1_prob, region_divergence, global_divergence: [m], the divergences NaN
-    where the cascade made them needless. cls_similarity: [m] cosine to the encoder's [CLS], None for encoders without one.
-    embeddings: [m, d] connector outputs.
+    where the cascade made them needless, infinite where the model's answer was NaN. cls_similarity: [m] cosine to the encoder's
+    [CLS], None for encoders without one. embeddings: [m, d] connector outputs.
     """
 
     key: str
@@ -38,7 +38,14 @@ class ImageScores:
     @property
     def is_finite(self) -> bool:
         """False when the model answered with NaN or infinity (half precision overflows)."""
-        return bool(np.isfinite(self.embeddings).all() and np.isfinite(self.top1_prob).all())
+        answers = np.isfinite(self.embeddings).all() and np.isfinite(self.top1_prob).all()
+        return bool(answers and not np.isinf([self.region_divergence, self.global_divergence]).any())
+
+
+def joint_influence(region: Floats, whole: Floats, region_weight: float, global_weight: float) -> NDArray[np.float64]:
+    """J = region_weight * region + global_weight * global [m] in float64; NaN where the cascade skipped an experiment."""
+    found: NDArray[np.float64] = region_weight * region.astype(np.float64) + global_weight * whole.astype(np.float64)
+    return found
 
 
 def low_information(scores: ImageScores, thresholds: tuple[float, float], config: ProbeConfig) -> NDArray[np.bool_]:
@@ -53,8 +60,7 @@ def low_information(scores: ImageScores, thresholds: tuple[float, float], config
         thresholds: (t_p, t_j), on the scale of `config.divergence`.
         config: the weights.
     """
-    influence = scores.region_divergence.astype(np.float64) * config.region_weight
-    influence = influence + scores.global_divergence.astype(np.float64) * config.global_weight
+    influence = joint_influence(scores.region_divergence, scores.global_divergence, config.region_weight, config.global_weight)
     low: NDArray[np.bool_] = (scores.top1_prob < np.float64(thresholds[0])) & (influence < thresholds[1])
     return low
 

@@ -20,6 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from codebook_builder.clustering import dpc_knn
+from codebook_builder.scores import joint_influence
 from codebook_schemas import ProbeConfig, SelectionConfig, UserError
 from codebook_schemas.tables import provenance_schema
 
@@ -68,10 +69,8 @@ def embeddings_of(table: pa.Table) -> Floats:
 
 def influence(table: pa.Table, region_weight: float, global_weight: float) -> NDArray[np.float64]:
     """Combined influence J [rows] in float64; NaN where the cascade skipped an experiment (then J is at least t_j)."""
-    region = table["region_divergence"].to_numpy().astype(np.float64)
-    whole = table["global_divergence"].to_numpy().astype(np.float64)
-    combined: NDArray[np.float64] = region_weight * region + global_weight * whole
-    return combined
+    region, whole = (table[name].to_numpy() for name in ("region_divergence", "global_divergence"))
+    return joint_influence(region, whole, region_weight, global_weight)
 
 
 def low_information(table: pa.Table, rule: Rule) -> tuple[Mask, Mask]:

@@ -6,11 +6,13 @@ should, reports duplicate and incomplete samples, and decodes images only, with 
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
 import tarfile
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +20,12 @@ from typing import IO, Any
 
 from PIL import Image, ImageOps
 
-from codebook_prune.images import to_rgb
+from codebook_prune.images import MAX_ASPECT, to_rgb, too_narrow
 from codebook_schemas import UserError
 from codebook_schemas.errors import one_line
 from codebook_schemas.files import CHUNK, sha256_of_handle
 from codebook_schemas.inputs import InputManifest, ShardEntry
-from codebook_schemas.object_store import ObjectPath, Place, place
+from codebook_schemas.object_store import Place, place
 
 FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
 MAX_MEMBER_BYTES = 64 << 20
@@ -31,8 +33,13 @@ MAX_PIXELS = 64_000_000
 MAX_SAMPLES = 1_000_000
 MAX_MEMBERS = 8 * MAX_SAMPLES
 MAX_KEY = 1024
+MAX_FIELDS = 1000
 DAMAGE = (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError)
 """What tarfile raises on headers that are not what they should be."""
+IMPOSSIBLE = (None, errno.EINVAL, errno.EOVERFLOW)
+"""Numbers of the OSErrors among these; any other comes from the disk or the network, and may pass."""
+FINAL = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+"""Numbers of the OSErrors of opening a file that another attempt does not cure."""
 
 
 @dataclass
@@ -40,21 +47,28 @@ class _Sample:
     """Consecutive members of one key: what was wrong with them, and where the image's bytes are."""
 
     key: str
-    names: list[str] = field(default_factory=list)
+    names: dict[str, None] = field(default_factory=dict)
     images: list[tuple[str, tarfile.TarInfo]] = field(default_factory=list)
     problem: str | None = None
 
     def add(self, member: tarfile.TarInfo, extension: str) -> None:
+        if len(self.names) == MAX_FIELDS:
+            self.problem = f"has more than {MAX_FIELDS} members"
+            return
         if not member.isfile() or member.issparse():
             self.problem = "is a link or another special file"
         elif extension in self.names:
             self.problem = f"has two members .{extension}"
-        self.names.append(extension)
-        if extension in FORMATS:
+        elif extension in FORMATS:
             self.images.append((FORMATS[extension], member))
+        self.names[extension] = None
 
     def verdict(self, seen: set[str]) -> str | None:
-        """Why the sample is unusable, or None."""
+        """Why the sample is unusable, printable and in one line, or None."""
+        reason = self._problem(seen)
+        return None if reason is None else one_line(reason)
+
+    def _problem(self, seen: set[str]) -> str | None:
         if self.key in seen:
             return "duplicate key: an earlier sample of the shard has it"
         if len(self.key) > MAX_KEY or not self.key.isprintable():
@@ -73,6 +87,15 @@ def split_name(name: str) -> tuple[str, str] | None:
     return (match[1], match[2].lower()) if match else None
 
 
+def is_metadata(name: str) -> bool:
+    """Whether a member is no part of any sample: WebDataset's `__name__` (a folder, or with an extension that is no image's),
+    and `._name`, in which macOS keeps a file's attributes.
+    """
+    if match := re.fullmatch(r"__[^/]*__(?:/.*|\.([^/]*))?", name, re.DOTALL):
+        return (match[1] or "").lower() not in FORMATS
+    return name.rpartition("/")[2].startswith("._")
+
+
 def _members(archive: tarfile.TarFile, path: Place) -> Iterator[tarfile.TarInfo]:
     """Every member; a UserError where the archive is damaged instead of an early, silent end."""
     last = -1
@@ -80,6 +103,7 @@ def _members(archive: tarfile.TarFile, path: Place) -> Iterator[tarfile.TarInfo]
         try:
             member = archive.next()
         except DAMAGE as error:
+            _raise_if_it_may_pass(error, path)
             raise UserError(
                 f"shard {path} is damaged near byte {archive.offset}: {one_line(error)}; fetch or write it again"
             ) from None
@@ -90,6 +114,12 @@ def _members(archive: tarfile.TarFile, path: Place) -> Iterator[tarfile.TarInfo]
         last = member.offset
         archive.members = []  # type: ignore[attr-defined]  # forgotten, so that memory stays bounded
         yield member
+
+
+def _raise_if_it_may_pass(error: BaseException, path: Place) -> None:
+    """An error of the disk or the network says nothing about the shard: it is raised as it is, with the shard's name."""
+    if isinstance(error, OSError) and error.errno not in IMPOSSIBLE:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 def _check_end(handle: IO[bytes], offset: int, path: Place) -> None:
@@ -109,12 +139,13 @@ def _samples(handle: IO[bytes], path: Place) -> Iterator[_Sample]:
     try:
         archive = tarfile.open(fileobj=handle, mode="r:")  # noqa: SIM115 - the handle is the caller's
     except DAMAGE as error:
+        _raise_if_it_may_pass(error, path)
         raise UserError(f"{path} is not an uncompressed tar shard: {one_line(error)}") from None
     current: _Sample | None = None
     for number, member in enumerate(_members(archive, path)):
         if number >= MAX_MEMBERS:
             raise UserError(f"shard {path} has more than {MAX_MEMBERS} members: split it")
-        if member.isdir():
+        if member.isdir() or is_metadata(member.name):
             continue
         key, extension = split_name(member.name) or (member.name, "")
         if current is None or key != current.key:
@@ -129,7 +160,7 @@ def _samples(handle: IO[bytes], path: Place) -> Iterator[_Sample]:
 
 
 def read_shard(path: Place) -> Iterator[tuple[str, Image.Image | str]]:
-    """As `read_samples`, of a file or object; raises UserError also if it is missing or cannot be read."""
+    """As `read_samples`, of a file or object, which is `opened` first."""
     with opened(path) as handle:
         yield from read_samples(handle, path)
 
@@ -141,6 +172,7 @@ def read_samples(handle: IO[bytes], path: Place) -> Iterator[tuple[str, Image.Im
 
     Raises:
         UserError: not an uncompressed tar, truncated or damaged archive.
+        OSError: the disk fails, which may pass.
     """
     seen: set[str] = set()
     for sample in _samples(handle, path):
@@ -171,6 +203,8 @@ def decode(data: bytes, kind: str) -> Image.Image | str:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     return f"image has {width} x {height} pixels, the limit is {MAX_PIXELS}"
+                if too_narrow(image.size):
+                    return f"image has {width} x {height} pixels: one side is more than {MAX_ASPECT} times the other"
                 image.load()
                 return to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
@@ -183,13 +217,13 @@ def opened(path: Place) -> IO[bytes]:
     """A shard, open for reading; an object is copied to an unnamed temporary file first.
 
     Raises:
-        UserError: it is missing or cannot be read.
-        OSError: an object store does not answer, which may pass.
+        UserError: it is missing, or this machine may not read it.
+        OSError: a disk or an object store does not answer, which may pass.
     """
     try:
         return path.open("rb")
     except OSError as error:
-        if isinstance(path, ObjectPath) and not isinstance(error, FileNotFoundError):
+        if error.errno not in FINAL:
             raise
         raise UserError(f"cannot read shard {path} on {os.uname().nodename}: {error.strerror or error}") from None
 
@@ -216,7 +250,7 @@ def expand(patterns: Sequence[str]) -> list[Place]:
         paths += [place(str(name)) for name in names]
     if not paths:
         raise UserError("no shards given: name at least one tar file or brace pattern")
-    if repeated := sorted({str(p) for p in paths if paths.count(p) > 1}):
+    if repeated := sorted(str(p) for p, count in Counter(paths).items() if count > 1):
         raise UserError(f"shard {repeated[0]} is listed twice")
     if missing := [p for p in paths if not p.is_file()]:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""

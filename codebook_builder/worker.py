@@ -18,6 +18,7 @@ from PIL import Image
 from codebook_builder.commit import Encoder, Marker, PartWriter, Skipped, commit, read_marker
 from codebook_builder.memory import keep_freed_memory
 from codebook_builder.prefetch import prefetched
+from codebook_builder.prompt import BadImageError
 from codebook_builder.scores import ImageScores, to_table
 from codebook_builder.shards import opened, read_samples
 from codebook_builder.tasks import Failure, Outcome, ProbeSpec, ShardResult, ShardTask
@@ -150,7 +151,10 @@ def _prepared(prober: Prober, samples: Samples, seconds: dict[str, float]) -> It
             if sample is None:
                 return
             key, value = sample
-            found = value if isinstance(value, str) else prober.prepare(value)
+            try:
+                found = value if isinstance(value, str) else prober.prepare(value)
+            except BadImageError as error:
+                found = str(error)
         yield key, found
 
 

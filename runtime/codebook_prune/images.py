@@ -12,6 +12,9 @@ from codebook_schemas import UserError
 
 MAX_PIXELS = 1 << 26
 """Largest image that is decoded (67 million pixels, 200 MB as RGB); the header says the size before anything is decoded."""
+MAX_ASPECT = 100
+"""Most times that one side may be as long as the other. Strips of panoramas stay below 50; models that scale the shorter side
+to theirs would make gigabytes of a line of pixels."""
 
 
 def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -25,7 +28,8 @@ def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image
         max_pixels: refuse larger images without decoding them.
 
     Raises:
-        UserError: no such file, not an image, damaged or cut short, or larger than `max_pixels`.
+        UserError: no such file, not an image, damaged or cut short, larger than `max_pixels`, or longer than `MAX_ASPECT` times
+            its width (or the other way round).
     """
     path = Path(path)
     if not path.is_file():
@@ -34,9 +38,11 @@ def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own warning about large images: the limit here is lower
             with Image.open(path) as image:
+                size = f"{image.width} x {image.height} pixels"
                 if image.width * image.height > max_pixels:
-                    size = f"{image.width} x {image.height} pixels"
                     raise UserError(f"image {path} has {size}, the limit is {max_pixels} in all: scale it down first")
+                if too_narrow(image.size):
+                    raise UserError(f"image {path} has {size}: one side is more than {MAX_ASPECT} times the other")
                 image.load()
                 return to_rgb(ImageOps.exif_transpose(image))
     except UserError:
@@ -48,6 +54,11 @@ def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image
     except Exception as error:  # Pillow's parsers raise almost anything on damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"image {path} is damaged or cut short: {reason}") from None
+
+
+def too_narrow(size: tuple[int, int]) -> bool:
+    """Whether an image of that (width, height) has sides that differ more than `MAX_ASPECT` times."""
+    return max(size) > MAX_ASPECT * min(size)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

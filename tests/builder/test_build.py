@@ -31,6 +31,7 @@ from codebook_builder.worker import run_locally
 from codebook_prune.codebook import Codebook
 from codebook_schemas import BuildConfig, CodebookManifest, UserError
 from codebook_schemas.files import sha256_of
+from reference_vlm import CHECKPOINT
 
 LOCAL = partial(run_locally, attempts=2)
 
@@ -104,12 +105,29 @@ def test_bad_images_are_left_out_listed_and_limited(tmp_path: Path) -> None:
     members[2] = ("2.png", b"not an image")
     shard = write_tar(tmp_path / "a.tar", members)
     strict = small_config(str(shard), tmp_path / "book")
-    with pytest.raises(UserError, match=r"1 of 5 images cannot be used.*00000-a.tar 2: cannot decode"):
+    with pytest.raises(UserError, match=r"1 images cannot be used.* allows 5% of 6: 00000-a.tar 2: cannot decode"):
         build(strict)
     listed = json.loads((RunFolder.of(strict.output).path / "skipped.json").read_text())
     assert [(row["shard"], row["key"]) for row in listed] == [("00000-a.tar", "2")]
     report = build(small_config(str(shard), tmp_path / "book", cluster={"max_bad_fraction": 0.5}))
     assert (report.skipped, report.counts["images"]) == (1, 5)
+
+
+def test_an_image_the_processor_refuses_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = write_tar(tmp_path / "a.tar", [*((f"{i}.png", png(i, 96)) for i in range(5)), ("odd.png", png(9, 40))])
+    _, processor = worker.load_once(str(CHECKPOINT), None, "float32", "cpu")
+    template = processor.apply_chat_template
+
+    def apply(chat: Any, **options: Any) -> Any:
+        if chat[0]["content"][0]["image"].size == (40, 40):
+            raise ValueError("absolute aspect ratio must be smaller than 200")
+        return template(chat, **options)
+
+    monkeypatch.setattr(processor, "apply_chat_template", apply)
+    config = small_config(str(shard), tmp_path / "book", cluster={"max_bad_fraction": 0.5})
+    report = build(config)
+    assert (report.skipped, report.counts["images"]) == (1, 5)
+    assert "refuses 40 x 40 pixels" in (RunFolder.of(config.output).path / "skipped.json").read_text()
 
 
 def test_inputs_that_changed_are_refused(tmp_path: Path) -> None:

@@ -197,6 +197,12 @@ def test_places_that_cannot_be_written_are_one_line(
     config = write_config(small_config(pattern, tmp_path / "file" / "book"), tmp_path / "c.json")
     fails(call(capsys, monkeypatch, "run", config, "--local"), str(tmp_path / "file"))
     fails(call(capsys, monkeypatch, "scan", pattern, "--out", tmp_path), str(tmp_path))
+    for output in ("/", "..", "a\0b"):
+        config.write_text(json.dumps({"model": "m", "shards": [pattern], "output": output}))
+        for name in ("run", "select"):
+            more = ["--local"] if name == "run" else ["--output", str(tmp_path / "x")]
+            fails(call(capsys, monkeypatch, name, config, *more), "names no folder that a codebook could become")
+    fails(call(capsys, monkeypatch, "import", ".", "--output", tmp_path / "x", "--model", "m/m"), "is not a file")
     source = small_codebook(tmp_path / "source", 0)
     fails(
         call(capsys, monkeypatch, "import", source, "--output", tmp_path / "file" / "x", "--model", "m/m"),

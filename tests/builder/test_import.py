@@ -117,7 +117,15 @@ def test_bad_files(tmp_path: Path) -> None:
         ("[]", "JSON object"),
         ('{"source_images": ["a"]}', "one image for each of the 5"),
         ('{"divergence": "kl"}', "jsd or reference"),
-        ('{"t_p": "x"}', "t_p must be a number"),
+        ('{"t_p": "x"}', "t_p must be a finite number"),
+        ('{"t_p": NaN}', "t_p must be a finite number, not nan"),
+        ('{"t_j": 1e400}', "t_j must be a finite number, not inf"),
+        (f'{{"t_j": {"9" * 400}}}', r"t_j must be a finite number, not 9{37}\.\.\.$"),
+        (f'{{"divergence": "{"k" * 400}"}}', r"not 'k{36}\.\.\.$"),
     ):
         (tmp_path / "meta.json").write_text(meta)
         fails("p.safetensors", message)
+    (tmp_path / "meta.json").write_text('{"model": "a\\udc00b"}')
+    fails("p.safetensors", "model id .* is not printable", None)
+    for name in (".", "/", ".."):
+        fails(name, "does not exist or is not a file")

@@ -17,11 +17,13 @@ from conftest import noise_image, tiny_llava, tiny_processor
 from numpy.typing import NDArray
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
+from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
+from codebook_builder.divergence import Candidates
 from codebook_builder.forward import SharedPrefix
 from codebook_builder.probe import Prober
-from codebook_builder.prompt import ablation_embedding
+from codebook_builder.prompt import BadImageError, ablation_embedding
 from codebook_builder.runs import grid_cells, window_corners
 from codebook_builder.scores import ImageScores, low_information
 from codebook_schemas import ProbeConfig, UserError
@@ -493,3 +495,43 @@ def test_what_replaces_a_token() -> None:
     assert torch.equal(ablation_embedding(model, processor), table[2:3])
     processor.tokenizer.eos_token = None
     assert torch.equal(ablation_embedding(model, processor), torch.zeros(1, 64))
+
+
+def test_an_image_the_processor_cannot_take_is_not_the_templates_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = tiny()
+    prober = Prober(model, processor, config(), None)
+    template = processor.apply_chat_template
+
+    def fails_on_strips(error: Exception) -> Any:
+        def apply(chat: Any, **options: Any) -> Any:
+            if chat[0]["content"][0]["image"].width == 7:
+                raise error
+            return template(chat, **options)
+
+        return apply
+
+    for error in (ValueError("absolute aspect ratio must be smaller than 200"), ZeroDivisionError("x\ny"), RuntimeError("0")):
+        monkeypatch.setattr(processor, "apply_chat_template", fails_on_strips(error))
+        with pytest.raises(BadImageError, match=rf"refuses 7 x 30 pixels: {type(error).__name__}: [^\n]*$"):
+            prober.prepare(noise_image(0, (7, 30)))
+        prober.prepare(noise_image(0))
+    for error in (MemoryError(), OSError(5, "disk"), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        monkeypatch.setattr(processor, "apply_chat_template", fails_on_strips(error))
+        with pytest.raises(type(error)):
+            prober.prepare(noise_image(0, (7, 30)))
+
+
+def test_divergences_that_are_not_numbers_are_no_skipped_experiments(monkeypatch: pytest.MonkeyPatch) -> None:
+    divergence = Candidates.divergence
+
+    def broken(self: Candidates, ablated: Tensor, scale: Any = "jsd") -> Tensor:
+        found = divergence(self, ablated, scale)
+        found[-1] = torch.nan
+        return found
+
+    sound = Prober(*tiny(), config(), (0.0, 1.0)).probe([noise_image(0)], ["a"])[0]
+    assert np.isnan(sound.global_divergence).all()
+    assert sound.is_finite
+    monkeypatch.setattr(Candidates, "divergence", broken)
+    for thresholds in (None, (1.0, 1.0)):
+        assert not Prober(*tiny(), config(), thresholds).probe([noise_image(0)], ["a"])[0].is_finite

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import tarfile
+import time
 import zlib
 from pathlib import Path
 
@@ -14,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from codebook_builder import shards
-from codebook_builder.shards import expand, read_shard, scan, split_name, write_shard
+from codebook_builder.commit import Skipped
+from codebook_builder.shards import expand, opened, read_samples, read_shard, scan, split_name, write_shard
 from codebook_schemas import UserError
 from codebook_schemas.files import sha256_of
 
@@ -154,6 +158,87 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path: Path, monkeypatch: 
     assert "pixels" in reasons(path)["bomb"]
     monkeypatch.setattr(shards, "MAX_MEMBER_BYTES", 100)
     assert "limit is 100" in reasons(path)["big"]
+
+
+def test_reasons_can_be_shown_and_stored(tmp_path: Path) -> None:
+    """A member's extension is anybody's: bytes that are no text, commands to the terminal, thousands of them."""
+    names = ["a.x\udcff", "b.\x1b[2J", "c.x\ny", "d.x\udcff", "d.x\udcff", *(f"e.field-{i}" for i in range(2000))]
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, errors="surrogateescape") as archive:
+        for name in names:
+            archive.addfile(tarfile.TarInfo(name))
+    found = reasons(path)
+    assert list(found) == list("abcde")
+    assert "has more than 1000 members" in found["e"]
+    for key, reason in found.items():
+        assert reason.isprintable()
+        assert len(reason) <= 300
+        assert Skipped(key=key, reason=reason).model_dump_json()
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (101, 1), (60_000, 300)])
+def test_lines_of_pixels_are_refused_before_they_are_decoded(tmp_path: Path, size: tuple[int, int]) -> None:
+    buffer = io.BytesIO()
+    Image.new("L", size).save(buffer, "png")
+    path = write_tar(tmp_path / "a.tar", [("line.png", buffer.getvalue()), ("ok.png", png())])
+    assert keys(path) == ["ok"]
+    assert reasons(path)["line"] == f"image has {size[0]} x {size[1]} pixels: one side is more than 100 times the other"
+
+
+def test_what_webdataset_passes_over_is_no_sample(tmp_path: Path) -> None:
+    members = ["._a.png", "d/._b.png", "__index__", "__meta__.json", "__meta__/x.png", "__MACOSX__/._c"]
+    path = write_tar(tmp_path / "a.tar", [*((name, b"x") for name in members), ("a.png", png()), ("__b__.png", png(1))])
+    assert [(key, type(value)) for key, value in read_shard(path)] == [("a", Image.Image), ("__b__", Image.Image)]
+    assert scan([str(path)]).shards[0].samples == 2
+
+
+class FailingDisk(io.BytesIO):
+    """A file whose disk or server fails after some bytes."""
+
+    number, after = errno.EIO, 1024
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.tell() >= self.after:
+            raise OSError(self.number, os.strerror(self.number))
+        return super().read(size)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+@pytest.mark.parametrize("after", [0, 1024])
+def test_a_failing_disk_is_not_a_damaged_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, after: int
+) -> None:
+    """A UserError would end the build; these are tried again."""
+    path = write_tar(tmp_path / "a.tar", [(f"{i}.png", png(i)) for i in range(4)])
+    handle = FailingDisk(path.read_bytes())
+    handle.number, handle.after = number, after
+    with pytest.raises(OSError, match=r"a\.tar") as caught:
+        list(read_samples(handle, path))
+    assert caught.value.errno == number
+
+    def refuses(self: Path, mode: str) -> None:
+        raise OSError(number, os.strerror(number), str(self))
+
+    monkeypatch.setattr(Path, "open", refuses)
+    with pytest.raises(OSError, match=r"a\.tar"):
+        opened(path)
+
+
+def test_a_file_that_is_not_there_or_not_ours_is_final(tmp_path: Path) -> None:
+    (tmp_path / "loop.tar").symlink_to("loop.tar")
+    for path in (tmp_path / "none.tar", tmp_path, tmp_path / "loop.tar", tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match="cannot read shard"):
+            opened(path)
+
+
+def test_long_lists_are_checked_in_no_time(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("a.png", png())])
+    (tmp_path / "links").mkdir()
+    for number in range(12_000):
+        (tmp_path / "links" / f"{number:05d}.tar").symlink_to(path)
+    started = time.process_time()
+    assert len(expand([str(tmp_path / "links" / "{00000..11999}.tar")])) == 12_000
+    assert time.process_time() - started < 5  # one pass a path took half a minute
 
 
 def test_links_and_strange_keys(tmp_path: Path) -> None:

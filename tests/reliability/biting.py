@@ -4,20 +4,50 @@ from __future__ import annotations
 
 import ctypes
 import time
+from typing import Any
 
+from codebook_builder import worker
+from codebook_builder.commit import Skipped
 from codebook_builder.dispatch import ShardActor
+from codebook_builder.scores import to_table
 from codebook_builder.tasks import ShardResult, ShardTask
 
 
+def bite(name: str) -> None:
+    """Segfault, hang or eat memory, if the name says so."""
+    if "segfault" in name:
+        ctypes.string_at(0)
+    if "hang" in name:
+        time.sleep(600)
+    if "memory" in name:
+        hoard = [bytes([i]) * (16 << 20) for i in range(200)]
+        time.sleep(len(hoard))
+
+
 class BitingActor(ShardActor):
-    """Segfaults, hangs or eats memory where the real one would probe."""
+    """Bites where the real one would probe; without a model its other shards are done at once."""
 
     def process(self, task: ShardTask) -> ShardResult:
-        if "segfault" in task.shard.name:
-            ctypes.string_at(0)
-        if "hang" in task.shard.name:
-            time.sleep(600)
-        if "memory" in task.shard.name:
-            hoard = [bytes([i]) * (16 << 20) for i in range(200)]
-            time.sleep(len(hoard))
-        return ShardResult(task.shard.name, rows=1, images=1, skipped=())
+        if task.spec is None:
+            bite(task.shard.name)
+            return ShardResult(task.shard.name, rows=1, images=1, skipped=())
+
+        def table(scores: Any, shard: str, dimension: int) -> Any:
+            bite(shard)
+            return to_table(scores, shard, dimension)
+
+        worker.to_table = table  # when the part is open, and empty
+        return super().process(task)
+
+
+class RaisingActor(ShardActor):
+    """Raises on every attempt before the one that the shard's name ends in; says on which GPUs it ran."""
+
+    def process(self, task: ShardTask) -> ShardResult:
+        import ray
+
+        if task.attempt < int(task.shard.name[-1]):
+            raise RuntimeError(f"attempt {task.attempt} of {task.shard.name}")
+        time.sleep(0.1)
+        gpus = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+        return ShardResult(task.shard.name, 1, 1, tuple(Skipped(key=gpu, reason="is the GPU it ran on") for gpu in gpus))

@@ -80,6 +80,7 @@ def damaged(folder: Path) -> dict[str, Path]:
     end = struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
     paths["bomb.png"].write_bytes(b"\x89PNG\r\n\x1a\n" + body + end)
     Image.new("L", (9000, 9000)).save(paths["large.png"])
+    Image.new("L", (1, 60_000)).save(paths["line.png"])
     Image.fromarray(np.ones((4, 4), np.float32)).save(paths["float.tif"])
     return paths
 
@@ -95,6 +96,7 @@ MESSAGES = {
     "flipped.png": "damaged or cut short",
     "bomb.png": "60000 x 60000 pixels|damaged",
     "large.png": "9000 x 9000 pixels, the limit is",
+    "line.png": "1 x 60000 pixels: one side is more than 100 times the other",
     "float.tif": "floating-point",
 }
 
