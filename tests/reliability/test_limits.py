@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")
-"""127.0.0.1, ::1 and ::ffff:127.0.0.1 as /proc/net writes them."""
+from codebook_builder.listeners import LOOPBACK
+
 ROOT = Path(__file__).parents[2]
 DRIVER = """
 import json, os, socket, subprocess, sys
