@@ -15,6 +15,7 @@ from codebook_prune.stored import cached
 from codebook_schemas import CodebookManifest, UserError
 from codebook_schemas.errors import one_line
 from codebook_schemas.files import replace_atomically
+from codebook_schemas.manifest import MANIFEST
 from codebook_schemas.object_store import ObjectPath, place
 
 ALLOW_PATTERNS = ["manifest.json", "*.safetensors", "index/*.faiss", "*.parquet", "README.md"]
@@ -82,17 +83,23 @@ class Codebook:
         self.manifest.commit(target)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Upload the folder to the Hugging Face Hub; returns the commit's address."""
+        """Upload the files that the manifest lists, and it, to the Hugging Face Hub; returns the commit's address.
+
+        Raises:
+            UserError: the codebook was not loaded from a folder, or that is damaged or has changed since.
+        """
         from huggingface_hub import HfApi
 
         source = self._source()
+        if CodebookManifest.read(source) != self.manifest:
+            raise UserError(f"codebook {source} has changed since it was loaded: load it again")
         self.manifest.verify(source)
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         info = api.upload_folder(
             repo_id=repo_id,
             folder_path=source,
-            allow_patterns=ALLOW_PATTERNS,
+            allow_patterns=[*self.manifest.files, MANIFEST],
             commit_message=f"Codebook v{self.manifest.version}",
         )
         return str(info.commit_url)
