@@ -105,11 +105,11 @@ class Struck:
 class Trial:
     """One build in a folder of its own, the faults in it, and the checks afterwards."""
 
-    def __init__(self, cluster: Cluster, folder: Path, shards: Path, rng: np.random.Generator) -> None:
+    def __init__(self, cluster: Cluster, folder: Path, shards: Path, rng: np.random.Generator, **changes: Any) -> None:
         self.cluster, self.folder, self.shards, self.rng = cluster, folder, shards, rng
         folder.mkdir()
         self.run = folder / "book.run"
-        self.config = write_config(folder, shards)
+        self.config = write_config(folder, shards, **changes)
 
     def start(self, job: bool = False) -> subprocess.Popen[Any]:
         """The build, by the command line or as a submitted job."""
@@ -141,8 +141,9 @@ class Trial:
 
     def strike(self, fault: str, moment: str) -> Struck:
         """Start a build, bring the fault about at that moment or soon after, and wait for the build to end."""
-        job = fault == "job stop"
+        job, before = fault == "job stop", set(self.cluster.workers())
         process = self.start(job)
+        until(lambda: set(self.cluster.workers()) - before, process, 0.2)  # the files of a build that goes on are there at once
         until(partial(self.is_at, PROBING[0]), process)
         late = moment not in PROBING
         drivers = self.cluster.drivers(self.config) if job else [process.pid]
@@ -191,8 +192,9 @@ class Trial:
         if fault == "late node":
             self.cluster.kill_node()
         if fault == "disk full":
+            config = self.config.read_text()
             subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "t", self.folder], check=True)
-            write_config(self.folder, self.shards)
+            self.config.write_text(config)
         try:
             yield
         finally:
@@ -254,8 +256,8 @@ def names_of(folder: Path) -> Counter[str]:
     return Counter(re.sub(r"-\d+-[0-9a-f]{32}\.parquet$", ".parquet", name) for name in names)
 
 
-def write_config(folder: Path, shards: Path) -> Path:
-    """A small build of all shards with two workers."""
+def write_config(folder: Path, shards: Path, **changes: Any) -> Path:
+    """A small build of all shards with two workers; `changes` replace sections."""
     data = {
         "model": str(CHECKPOINT), "shards": [f"{shards}/s-{{0..{SHARDS - 1}}}.tar"], "output": str(folder / "book"),
         "probe": {"tokens_per_image": 6},
@@ -263,11 +265,11 @@ def write_config(folder: Path, shards: Path) -> Path:
         "selection": {"min_images": 0, "inter_clusters": 2, "intra_clusters": 2},
         "cluster": {"workers": 2, "cpus_per_worker": 1, "attempts": 3},
     }  # fmt: skip
-    (folder / "c.json").write_text(json.dumps(data))
+    (folder / "c.json").write_text(json.dumps(data | changes))
     return folder / "c.json"
 
 
-def uninterrupted(folder: Path) -> tuple[Path, Whole]:
+def uninterrupted(folder: Path, **changes: Any) -> tuple[Path, Whole]:
     """Write shards below `folder`, and build from them without Ray: (the shards' folder, the build)."""
     shards = folder / "shards"
     shards.mkdir()
@@ -275,7 +277,7 @@ def uninterrupted(folder: Path) -> tuple[Path, Whole]:
         scenes = ((f"{s}-{i}", {"png": render(make_scene("codebook", IMAGES * s + i), canvas=True)}) for i in range(IMAGES))
         write_shard(shards / f"s-{s}.tar", scenes)
     (folder / "whole").mkdir()
-    config = write_config(folder / "whole", shards)
+    config = write_config(folder / "whole", shards, **changes)
     command = [sys.executable, "-m", "codebook_builder.cli", "run", str(config), "--local", "--json"]
     said = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
     return shards, Whole(said["digest"], said["counts"]["tokens"], names_of(folder / "whole"))
