@@ -113,7 +113,9 @@ def ray_listeners(proc: Path) -> Iterator[tuple[str, list[int], bool, bool]]:
     for folder in sorted((p for p in proc.glob("[0-9]*") if p.name.isdecimal()), key=lambda p: int(p.name)):
         try:
             command = (folder / "cmdline").read_bytes().split(b"\0")
-            protected = b"RAY_AUTH_MODE=token" in (folder / "environ").read_bytes().split(b"\0")
+            protected = _has_token(folder)
+            if command[0].startswith(b"ray::"):  # its title is written over its environment; its parent is the raylet
+                protected |= _has_token(proc / (folder / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:  # ended meanwhile, or another user's
             continue
         name = _control_process([part.decode(errors="replace") for part in command])
@@ -122,6 +124,10 @@ def ray_listeners(proc: Path) -> Iterator[tuple[str, list[int], bool, bool]]:
             ports = sorted({listener.port for listener in mine if listener.on_loopback != reachable})
             if ports and (reachable or name in JOB_SERVERS):
                 yield f"{name} (process {folder.name})", ports, reachable, protected
+
+
+def _has_token(process: Path) -> bool:
+    return b"RAY_AUTH_MODE=token" in (process / "environ").read_bytes().split(b"\0")
 
 
 def _control_process(command: list[str]) -> str | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from processes import descendants, listeners
 
+from codebook_builder.doctor import ray_listeners
 from codebook_schemas import UserError
 from reference_vlm import demo
 from reference_vlm.local_ray import RAY, local_ray
@@ -98,11 +99,17 @@ def test_the_ray_of_the_demo_takes_jobs_on_loopback_only(tmp_path: Path) -> None
         stranger = env | {"RAY_AUTH_TOKEN": "0" * 64}
         refused = subprocess.run(command, env=stranger, capture_output=True, text=True, timeout=120, check=False)
         found = listeners(set(descendants_of_ours()) - before)
+        seen = [line for line in ray_listeners(Path("/proc")) if int(env["RAY_ADDRESS"].rpartition(":")[2]) in line[1]]
+        agents = [line for line in ray_listeners(Path("/proc")) if int(line[0].split()[-1][:-1]) in descendants_of_ours()]
     assert "it ran" in done.stdout, done.stdout + done.stderr
     assert refused.returncode != 0
     assert "it ran" not in refused.stdout
     assert len(found) > 8
     assert [listener for listener in found if not listener.on_loopback] == []
+    assert [(line[0].split(" (")[0], line[2:]) for line in seen] == [("job server", (False, True))]  # as doctor sees it
+    assert sorted((line[0].split(" (")[0], line[2:]) for line in agents) == [
+        ("job agent", (False, True)), ("job server", (False, True)),
+    ]  # fmt: skip
 
 
 def descendants_of_ours() -> dict[int, str]:

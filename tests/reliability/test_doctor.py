@@ -42,10 +42,11 @@ def test_a_listener_without_token_is_a_problem(tmp_path: Path) -> None:
     inner = line.replace("00000000:", "0100007F:", 1).replace(str(inode), "77")
     (tmp_path / "net/tcp").write_text("\n".join([head, line, inner, ""]))
 
-    def process(pid: int, command: str, inode: int, environment: str) -> None:
+    def process(pid: int, command: str, inode: int, environment: str, parent: int = 13) -> None:
         (tmp_path / str(pid) / "fd").mkdir(parents=True)
         (tmp_path / str(pid) / "cmdline").write_bytes(command.replace(" ", "\0").encode())
         (tmp_path / str(pid) / "environ").write_bytes(environment.encode())
+        (tmp_path / str(pid) / "stat").write_text(f"{pid} (a) b) S {parent} 1 1")
         (tmp_path / str(pid) / "fd/3").symlink_to(f"socket:[{inode}]")
 
     process(10, "/opt/raylet --x", inode, "A=1\0RAY_AUTH_MODE=token\0")
@@ -55,10 +56,11 @@ def test_a_listener_without_token_is_a_problem(tmp_path: Path) -> None:
     process(14, "/usr/bin/python /opt/ray/dashboard/dashboard.py --host=0.0.0.0", inode, "")
     process(15, "/usr/bin/python /opt/ray/dashboard/dashboard.py --host=127.0.0.1", 77, "RAY_AUTH_MODE=token")
     process(16, "ray::DashboardAgent", 77, "")
+    process(17, "ray::DashboardAgent", 77, "ardAgent", parent=10)
     assert list(doctor.ray_listeners(tmp_path)) == [
         ("raylet (process 10)", [port], True, True), ("gcs_server (process 11)", [port], True, False),
         ("job server (process 14)", [port], True, False), ("job server (process 15)", [port], False, True),
-        ("job agent (process 16)", [port], False, False),
+        ("job agent (process 16)", [port], False, False), ("job agent (process 17)", [port], False, True),
     ]  # fmt: skip
     found = [f for f in doctor._ray(tmp_path) if f.name == "ray listener"]
     assert [f.problem for f in found if f.problem] == [

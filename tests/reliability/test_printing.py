@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import pytest
 from benchmarks import hostile
 from codebook_builder import cli as build_cli
 from codebook_prune import cli as prune_cli
+from codebook_prune.codebook import Codebook
+from codebook_schemas import UserError
 from codebook_schemas.errors import MAX_ITEMS, one_line, shown
 
 EVIL = "a\x1b[2Jb\x9b31mc\u202ed\re\nf\u2028g\x00" + "x" * 100_000
@@ -79,3 +82,14 @@ def test_what_is_harmless_is_shown_as_it_is() -> None:
     value = {"a": 1, "b": [1.5, None], "c": {"d": "text", "e": True}, "f": 2**62}
     assert shown(value) == value
     assert shown("x" * 2000) == one_line("x" * 2000, 1000)
+
+
+def test_a_codebook_says_nothing_of_a_strangers(book: Path) -> None:
+    loaded = Codebook.from_pretrained(book)
+    assert repr(loaded).isprintable()
+    assert len(repr(loaded)) < 300
+    for adapter in (SimpleNamespace(hidden_size=3), SimpleNamespace(hidden_size=hostile.DIMENSION, family="llava")):
+        with pytest.raises(UserError) as caught:
+            loaded.check_model(adapter)
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 500
