@@ -45,8 +45,8 @@ pages: $(STAMP)  ## write the figures in README.md and docs/ from benchmarks/res
 reference: $(STAMP)  ## train the reference VLM from scratch (hours on 2 cores; resumes)
 	$(BIN)/python -m reference_vlm.train --out runs/reference
 
-fault: $(STAMP)  ## inject faults into builds on a real local Ray cluster of two nodes: what is missing of 30 trials, or NOW=3 of them
-	$(BIN)/python -m benchmarks.reliability faults $(if $(NOW),--now $(NOW))
+fault: $(STAMP)  ## inject 30 faults into builds on a real local Ray cluster of two nodes; NOW=3 of them at a time, RESUME=1 counts other commits
+	$(BIN)/python -m benchmarks.reliability faults $(if $(NOW),--now $(NOW)) $(if $(RESUME),--resume)
 
 clean:  ## remove the environment, caches and demo output
 	rm -rf $(VENV) demo .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

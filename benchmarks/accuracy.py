@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 from rich.console import Console
 
-from benchmarks import OURS
+from benchmarks import OURS, ROOT
 from benchmarks.downsample import shrunk, smaller_grid
 from benchmarks.methods import METHODS, SMALLER, Setting, described, rows_of_suite, schedule
 from benchmarks.reference_codebook import build
-from benchmarks.report import ROOT, publish
+from benchmarks.report import publish
 from codebook_prune import Codebook, VisionZipPruner, load_model
 from reference_vlm import CHECKPOINT
 from reference_vlm.evaluate import inputs_of, is_right

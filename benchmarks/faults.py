@@ -1,143 +1,115 @@
 """Faults injected at random moments into builds on a real Ray cluster of two nodes on loopback.
 
 After each, the same command runs again until it ends well. Then the codebook's digest must be the uninterrupted build's, every
-row must be there once, and after `gc` no stray file may be left. The faults and their moments follow from the seed.
+row must be there once, and after `gc` exactly its files. The faults and their moments follow from the seed.
+
+The driver's own moments (selection, writing, the commit) last milliseconds: there it is stopped (SIGSTOP) while the fault is
+brought about, and goes on afterwards. The moment in a row is where the build was found then, by its files.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import secrets
+import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from benchmarks import ROOT
-from benchmarks.processes import descendants
+from benchmarks.processes import is_told, stopped
+from benchmarks.two_nodes import SECONDS, Cluster, until
+from codebook_builder.artefact import CARD
 from codebook_builder.commit import read_marker, read_part, verify_part
 from codebook_builder.shards import write_shard
+from codebook_schemas.manifest import MANIFEST
 from reference_vlm import CHECKPOINT
+from reference_vlm.local_ray import RAY
 from reference_vlm.scenes import make_scene, render
 
 SHARDS, IMAGES = 4, 2
-SECONDS = 600
-RAY = str(Path(sys.executable).with_name("ray"))
+FAULTS = ("worker", "driver", "node", "interrupt", "disk full", "late node", "job stop")
 SURVIVED = ("worker", "node", "late node")
 """Faults that the running build itself gets over; the others strike only if they end it."""
-FAULTS = ("worker", "driver", "node", "interrupt", "disk full", "late node", "job stop")
+PROBING = ("calibrating", *(f"{n} of {SHARDS} shards done" for n in range(SHARDS)))
+MOMENTS = (*PROBING, "selecting", "writing the codebook", "committing")
+ORDER = ("starting", *MOMENTS, "ended")
+LONGEST_WAIT = {"selecting": 0.2, "writing the codebook": 0.05, "committing": 0.0}
+"""Seconds from the beginning of a moment to the fault are drawn below this; below 1 while shards are probed."""
+TRIES = 3
 
 
-def kill(process: subprocess.Popen[Any]) -> None:
-    """SIGKILL a process of ours and all below it."""
-    for pid in [*descendants(process.pid), process.pid]:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    process.wait()
+class Planned(NamedTuple):
+    """A trial: its number, the fault and the moment it shall strike at."""
+
+    number: int
+    fault: str
+    moment: str
 
 
-def free_port() -> int:
-    """A port nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+def plan(seed: int, count: int) -> list[Planned]:
+    """The trials of a seed: every fault in turn, in an order and at moments drawn at random. More begin with the same ones.
+
+    Workers exist while shards are probed, and only then does a node that joins matter.
+    """
+    rng, found = np.random.default_rng(seed), list[Planned]()
+    while len(found) < count:
+        for fault in rng.permutation(FAULTS).tolist():
+            moment = str(rng.choice(PROBING if fault in ("worker", "late node") else MOMENTS))
+            found.append(Planned(len(found), fault, moment))
+    return found[:count]
 
 
-class Cluster:
-    """A head and a second node, one worker's CPU each, with a token and a home of their own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port, self.dashboard = folder, free_port(), free_port()
-        paths = os.pathsep.join(str(ROOT / p) for p in (".", "runtime", "schemas"))
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
-            "HOME": str(folder), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "PYTHONPATH": paths,
-            "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.dashboard}",
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        }  # fmt: skip
-        self.head = self._start(
-            "--head", f"--port={self.port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard}",
-            f"--ray-client-server-port={free_port()}",
-        )  # fmt: skip
-        until(lambda: answers(self.dashboard), self.head)
-        self.node: subprocess.Popen[Any] | None = None
-        self.add_node()
-
-    def _start(self, *options: str) -> subprocess.Popen[Any]:
-        command = [
-            RAY, "start", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=1", "--object-store-memory=100000000",
-            f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats", *options,
-        ]  # fmt: skip
-        if "--head" in options:
-            command.append(f"--temp-dir={self.folder}/ray")
-        with open(self.folder / "ray.log", "a") as log:
-            return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
-
-    def add_node(self) -> None:
-        """Start the second node; it registers by itself, later."""
-        if self.node is None:
-            self.node = self._start(f"--address=127.0.0.1:{self.port}")
-
-    def kill_node(self) -> None:
-        """SIGKILL of everything on the second node."""
-        if self.node is not None:
-            kill(self.node)
-            self.node = None
-
-    def workers(self) -> list[int]:
-        """Processes of worker actors on both nodes."""
-        nodes = [n for n in (self.head, self.node) if n is not None]
-        return [pid for node in nodes for pid, name in descendants(node.pid).items() if "ray::ShardActor" in name]
-
-    def stop_job(self, name: str) -> None:
-        """What `ray job stop` asks for, without the seconds it takes to start."""
-        address = f"{self.environment['RAY_API_SERVER_ADDRESS']}/api/jobs/{name}/stop"
-        headers = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
-        urllib.request.urlopen(urllib.request.Request(address, headers=headers, method="POST"), timeout=60).close()  # noqa: S310
-
-    def close(self) -> None:
-        """End both nodes."""
-        self.kill_node()
-        kill(self.head)
+def possible(fault: str) -> bool:
+    """Whether this user can bring it about: the full disk is a small tmpfs, which only root can mount."""
+    return fault != "disk full" or os.geteuid() == 0
 
 
-def answers(port: int) -> bool:
-    """Whether something listens there."""
-    with socket.socket() as s:
-        return s.connect_ex(("127.0.0.1", port)) == 0
+@dataclass(frozen=True)
+class Whole:
+    """The uninterrupted build: its digest, its rows, and its files without what is random in their names."""
+
+    digest: str
+    rows: int
+    files: Counter[str]
 
 
-def until(condition: Callable[[], Any], process: subprocess.Popen[Any]) -> None:
-    """Wait until something is so, or the process has ended."""
-    deadline = time.monotonic() + SECONDS
-    while not condition() and process.poll() is None:
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        time.sleep(0.05)
+@dataclass(frozen=True)
+class Struck:
+    """A build and the fault in it: where it was, whether the fault was brought about in time, how the build ended."""
+
+    moment: str
+    in_time: bool
+    code: int
+    out: str
+
+    @property
+    def well(self) -> bool:
+        """Whether the build has ended with a codebook; a stopped job's command ends with 0, too."""
+        return self.code == 0 and '"digest"' in self.out
 
 
 class Trial:
-    """One build, one fault, and the checks afterwards."""
+    """One build in a folder of its own, the faults in it, and the checks afterwards."""
 
-    def __init__(self, cluster: Cluster, folder: Path, shards: Path, rng: np.random.Generator) -> None:
+    def __init__(self, cluster: Cluster, folder: Path, shards: Path, rng: np.random.Generator, **changes: Any) -> None:
         self.cluster, self.folder, self.shards, self.rng = cluster, folder, shards, rng
         folder.mkdir()
         self.run = folder / "book.run"
-        self.config = write_config(folder, shards)
+        self.config = write_config(folder, shards, **changes)
 
     def start(self, job: bool = False) -> subprocess.Popen[Any]:
         """The build, by the command line or as a submitted job."""
@@ -150,70 +122,99 @@ class Trial:
             command, cwd=ROOT, env=self.cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
-    def moment(self, process: subprocess.Popen[Any]) -> str:
-        """Wait for a moment of the build drawn at random; its name."""
-        done = int(self.rng.integers(-1, SHARDS - 1))
-        if done < 0:
-            until(lambda: list(self.run.glob("calibration/part-*")), process)
-        else:
-            until(
-                lambda: len(list(self.run.glob("parts/_done/*.json"))) >= done and list(self.run.glob("parts/part-*")), process
-            )
-        time.sleep(float(self.rng.random()))
-        return "calibrating" if done < 0 else f"{done} of {SHARDS} shards done"
+    def moment(self) -> str:
+        """Where the build is, by its files."""
+        if (self.folder / "book" / MANIFEST).exists():
+            return "ended"
+        if staged := list(self.folder.glob(".book.*.tmp")):
+            return "committing" if any((folder / CARD).exists() for folder in staged) else "writing the codebook"
+        done = len(list(self.run.glob("parts/_done/*.json")))
+        if done == SHARDS:
+            return "selecting"
+        if done or any(self.run.glob("parts/part-*")):
+            return PROBING[1 + done]
+        return "calibrating" if any(self.run.glob("calibration/part-*")) else "starting"
 
-    def inject(self, fault: str) -> tuple[subprocess.Popen[Any], str]:
-        """Start a build and bring the fault about; (the build's process, the moment)."""
+    def is_at(self, moment: str) -> bool:
+        """Whether the build has come so far."""
+        return ORDER.index(self.moment()) >= ORDER.index(moment)
+
+    def strike(self, fault: str, moment: str) -> Struck:
+        """Start a build, bring the fault about at that moment or soon after, and wait for the build to end."""
+        job, before = fault == "job stop", set(self.cluster.workers())
+        process = self.start(job)
+        until(lambda: set(self.cluster.workers()) - before, process, 0.2)  # the files of a build that goes on are there at once
+        until(partial(self.is_at, PROBING[0]), process)
+        late = moment not in PROBING
+        drivers = self.cluster.drivers(self.config) if job else [process.pid]
+        until(partial(self.is_at, moment), process, 0.001 if late else 0.02)
+        time.sleep(float(self.rng.random()) * LONGEST_WAIT.get(moment, 1.0))
+        with stopped(drivers if late else []):
+            found = self.moment()
+            in_time = self.bring_about(fault, process, drivers) and found != "ended"
+        out, _ = process.communicate(timeout=SECONDS)
+        return Struck(found, in_time, process.returncode, out)
+
+    def bring_about(self, fault: str, process: subprocess.Popen[Any], drivers: Sequence[int]) -> bool:
+        """Do it; False if there was nothing to do it to."""
+        if fault == "worker":
+            until(self.cluster.workers, process)
+            for pid in self.cluster.workers()[:1] if self.rng.random() < 0.5 else self.cluster.workers()[-1:]:
+                with suppress(ProcessLookupError):  # ended by itself meanwhile
+                    os.kill(pid, signal.SIGKILL)
+                    return True
+            return False
+        ended = process.poll() is not None
+        if fault == "job stop":
+            self.cluster.stop_job(self.folder.name)
+            until(lambda: all(is_told(pid, signal.SIGTERM) for pid in drivers), process)
+        else:
+            actions: dict[str, Callable[[], Any]] = {
+                "driver": process.kill, "interrupt": partial(process.send_signal, signal.SIGINT),
+                "node": self.cluster.kill_node, "late node": self.cluster.add_node, "disk full": partial(fill, self.folder),
+            }  # fmt: skip
+            actions[fault]()
+        return not ended
+
+    def once(self, fault: str, moment: str, whole: Whole) -> dict[str, Any]:
+        """A build with one fault; every field but those about the fault must be what a sound build has."""
+        with self.surroundings(fault):
+            struck = self.strike(fault, moment)
+            if fault == "disk full":
+                resize(self.folder, "64m")
+            codes, checked = self.finish(struck, whole)
+        ended = struck.in_time and (fault in SURVIVED or not struck.well)
+        return {"fault": fault, "drawn": moment, "moment": struck.moment, "struck": ended, "exit codes": codes, **checked}
+
+    @contextmanager
+    def surroundings(self, fault: str) -> Iterator[None]:
+        """What a fault needs: a disk of its own, or a node that is not there yet. Afterwards both nodes are there again."""
         if fault == "late node":
             self.cluster.kill_node()
         if fault == "disk full":
-            subprocess.run(
-                ["mount", "-t", "tmpfs", "-o", f"size={int(self.rng.integers(8, 40))}k", "t", self.folder], check=True
-            )
-            write_config(self.folder, self.shards)
-        process = self.start(job=fault == "job stop")
-        moment = "always" if fault == "disk full" else self.moment(process)
-        if fault == "worker":
-            until(self.cluster.workers, process)
-            with suppress(ProcessLookupError):  # ended by itself meanwhile
-                os.kill(int(self.rng.choice(self.cluster.workers())), signal.SIGKILL)
-        elif fault == "driver":
-            process.kill()
-        elif fault == "interrupt":
-            process.send_signal(signal.SIGINT)
-        elif fault == "node":
-            self.cluster.kill_node()
-        elif fault == "late node":
-            self.cluster.add_node()
-        elif fault == "job stop":
-            self.cluster.stop_job(self.folder.name)
-        return process, moment
-
-    def once(self, fault: str, digest: str, rows: int) -> dict[str, Any]:
-        """Run the trial; every field but `fault`, `moment` and the counts must be what a sound build has."""
+            config = self.config.read_text()
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "t", self.folder], check=True)
+            self.config.write_text(config)
         try:
-            process, moment = self.inject(fault)
-            out, _ = process.communicate(timeout=SECONDS)
-            codes, reruns = [process.returncode], 0
-            if fault == "disk full":
-                subprocess.run(["mount", "-o", "remount,size=64m", self.folder], check=True)
-            while (process.returncode != 0 or '"digest"' not in out) and reruns < 3:  # a stopped job's command ends with 0
-                reruns += 1
-                process = self.start()
-                out, _ = process.communicate(timeout=SECONDS)
-                codes.append(process.returncode)
-            struck = fault in SURVIVED or reruns > 0
-            return {"fault": fault, "moment": moment, "struck": struck, "exit codes": codes, **self.check(digest, rows, out)}
+            yield
         finally:
             if fault == "disk full":
                 subprocess.run(["umount", self.folder], check=True)
             self.cluster.add_node()
 
-    def check(self, digest: str, rows: int, out: str) -> dict[str, Any]:
+    def finish(self, struck: Struck, whole: Whole) -> tuple[list[int], dict[str, Any]]:
+        """Run the same command again until it ends well; (exit codes of all runs, what is wrong then)."""
+        codes, out, well = [struck.code], struck.out, struck.well
+        while not well and len(codes) <= TRIES:
+            process = self.start()
+            out, _ = process.communicate(timeout=SECONDS)
+            codes.append(process.returncode)
+            well = process.returncode == 0
+        return codes, self.check(whole, out) if well else {"problem": f"the build never ended well: {out[-300:]}"}
+
+    def check(self, whole: Whole, out: str) -> dict[str, Any]:
         """What is wrong after the build has ended well."""
-        ended = [line for line in out.splitlines() if line.startswith("{")]
-        if not ended:
-            return {"problem": f"the build never ended well: {out[-300:]}"}
+        said = json.loads([line for line in out.splitlines() if line.startswith("{")][-1])
         tables = []
         for name in sorted(p.stem for p in (self.run / "parts/_done").glob("*.json")):
             marker = read_marker(self.run / "parts", name)
@@ -224,18 +225,39 @@ class Trial:
         distinct = found.group_by(["shard", "key", "token"]).aggregate([]).num_rows
         command = [sys.executable, "-m", "codebook_builder.cli", "gc", str(self.run), "--grace-hours", "0"]
         subprocess.run(command, cwd=ROOT, env=self.cluster.environment, check=True, capture_output=True)
-        parts = len(list(self.run.glob("parts/part-*")))
-        strays = [p.name for p in self.folder.rglob("*.tmp")]
+        files = names_of(self.folder)
+        strays, missing = sorted((files - whole.files).elements()), sorted((whole.files - files).elements())
         wrong = {
-            "digest": json.loads(ended[-1])["digest"] != digest,
-            "rows lost or twice": not rows == found.num_rows == distinct or pc.count(found["key"]).as_py() != rows,
-            "stray files": parts != SHARDS or bool(strays),
+            "digest": said["digest"] != whole.digest,
+            "rows lost or twice": not whole.rows == found.num_rows == distinct,
+            f"stray files {strays}": bool(strays),
+            f"missing files {missing}": bool(missing),
         }
         return {"rows": found.num_rows, "problem": ", ".join(name for name, is_so in wrong.items() if is_so)}
 
 
-def write_config(folder: Path, shards: Path) -> Path:
-    """A small build of all shards with two workers."""
+def resize(folder: Path, size: str) -> None:
+    """Give the tmpfs mounted there another size."""
+    subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True, capture_output=True)
+
+
+def fill(folder: Path) -> None:
+    """Leave no room on the tmpfs mounted there: as small as what is on it, which may be growing."""
+    for _ in range(100):
+        disk = os.statvfs(folder)
+        with suppress(subprocess.CalledProcessError):
+            return resize(folder, str((disk.f_blocks - disk.f_bfree) * disk.f_frsize))
+    raise TimeoutError
+
+
+def names_of(folder: Path) -> Counter[str]:
+    """The files below a folder, counted by their names without attempt and random part."""
+    names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir())
+    return Counter(re.sub(r"-\d+-[0-9a-f]{32}\.parquet$", ".parquet", name) for name in names)
+
+
+def write_config(folder: Path, shards: Path, **changes: Any) -> Path:
+    """A small build of all shards with two workers; `changes` replace sections."""
     data = {
         "model": str(CHECKPOINT), "shards": [f"{shards}/s-{{0..{SHARDS - 1}}}.tar"], "output": str(folder / "book"),
         "probe": {"tokens_per_image": 6},
@@ -243,44 +265,40 @@ def write_config(folder: Path, shards: Path) -> Path:
         "selection": {"min_images": 0, "inter_clusters": 2, "intra_clusters": 2},
         "cluster": {"workers": 2, "cpus_per_worker": 1, "attempts": 3},
     }  # fmt: skip
-    (folder / "c.json").write_text(json.dumps(data))
+    (folder / "c.json").write_text(json.dumps(data | changes))
     return folder / "c.json"
 
 
-def plan(tried: Sequence[str], count: int) -> list[tuple[int, str]]:
-    """(number, fault) of the trials that are missing of `count` after those of the faults `tried`; the least tried comes first.
+def uninterrupted(folder: Path, **changes: Any) -> tuple[Path, Whole]:
+    """Write shards below `folder`, and build from them without Ray: (the shards' folder, the build)."""
+    shards = folder / "shards"
+    shards.mkdir()
+    for s in range(SHARDS):
+        scenes = ((f"{s}-{i}", {"png": render(make_scene("codebook", IMAGES * s + i), canvas=True)}) for i in range(IMAGES))
+        write_shard(shards / f"s-{s}.tar", scenes)
+    (folder / "whole").mkdir()
+    config = write_config(folder / "whole", shards, **changes)
+    command = [sys.executable, "-m", "codebook_builder.cli", "run", str(config), "--local", "--json"]
+    said = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    return shards, Whole(said["digest"], said["counts"]["tokens"], names_of(folder / "whole"))
 
-    The full disk needs root (it is a small tmpfs); without, it is left out.
-    """
-    times = {fault: tried.count(fault) for fault in FAULTS if fault != "disk full" or os.geteuid() == 0}
-    found = []
-    for number in range(len(tried), count):
-        fault = min(times, key=times.__getitem__)
-        times[fault] += 1
-        found.append((number, fault))
-    return found
 
-
-def trials(planned: Sequence[tuple[int, str]], seed: int) -> Iterator[dict[str, Any]]:
-    """Run some trials on one cluster; yields what each did."""
+def trials(planned: Sequence[Planned], seed: int) -> Iterator[dict[str, Any]]:
+    """Run some trials on one cluster; yields what each did. One whose moment had passed when the fault came is tried again."""
     with tempfile.TemporaryDirectory(prefix="f", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        shards = folder / "shards"
-        shards.mkdir()
-        for s in range(SHARDS):
-            scenes = ((f"{s}-{i}", {"png": render(make_scene("codebook", IMAGES * s + i), canvas=True)}) for i in range(IMAGES))
-            write_shard(shards / f"s-{s}.tar", scenes)
-        (folder / "whole").mkdir()
-        command = [sys.executable, "-m", "codebook_builder.cli", "run", str(write_config(folder / "whole", shards)),
-                   "--local", "--json"]  # fmt: skip
-        whole = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
-        cluster = Cluster(folder)
+        shards, whole = uninterrupted(Path(name))
+        cluster = Cluster(Path(name))
         try:
-            for number, fault in planned:
-                began = time.monotonic()
-                one = Trial(cluster, folder / f"trial-{seed}-{number}", shards, np.random.default_rng([seed, number]))
-                row = one.once(fault, whole["digest"], whole["counts"]["tokens"])
+            for number, fault, moment in planned:
+                for attempt in range(TRIES):
+                    began = time.monotonic()
+                    folder = Path(name) / f"trial-{seed}-{number}-{attempt}"
+                    row = Trial(cluster, folder, shards, np.random.default_rng([seed, number, attempt])).once(
+                        fault, moment, whole
+                    )
+                    shutil.rmtree(folder, ignore_errors=True)
+                    if row["struck"] or row["problem"]:
+                        break
                 yield {"trial": number, **row, "seconds": round(time.monotonic() - began)}
-                shutil.rmtree(one.folder, ignore_errors=True)
         finally:
             cluster.close()

@@ -33,7 +33,8 @@ from safetensors.torch import save as save_tensors
 
 from benchmarks import ROOT
 from codebook_builder import artefact
-from codebook_builder.artefact import Origin, Prototypes, read_provenance
+from codebook_builder.artefact import Origin, Prototypes
+from codebook_builder.provenance import read_provenance
 from codebook_prune.codebook import Codebook
 from codebook_prune.index import ShardedIndex
 from codebook_schemas import CodebookManifest, ModelInfo, Thresholds, UserError

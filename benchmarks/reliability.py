@@ -1,7 +1,8 @@
 """Hostile codebooks, injected faults and a long run: `python -m benchmarks.reliability hostile|faults|soak --count N`.
 
-Rows go to results/reliability.json as they come. Fault trials add to those that are there until there are N, `--now M` of them
-at most in this run; the other parts replace their own row of the same seed.
+Rows go to results/reliability.json as they come and replace those of the same part and seed. Fault trials may be done in
+pieces: those of the same commit and seed stay and add up until there are N, `--now M` of them at most in this run. At another
+commit (or with uncommitted changes) they start anew; `--resume` goes on behind those of any commit.
 """
 
 from __future__ import annotations
@@ -27,12 +28,17 @@ def hostile(given: argparse.Namespace, stored: Sequence[Row]) -> Iterator[Row]:
 
 
 def faults(given: argparse.Namespace, stored: Sequence[Row]) -> Iterator[Row]:
-    """Trials on a cluster of two nodes, a row each."""
-    from benchmarks.faults import plan, trials
+    """Trials on a cluster of two nodes, a row each: those of the seed's plan that are not stored."""
+    from benchmarks.faults import plan, possible, trials
 
-    missing = plan([row["fault"] for row in stored if row["part"] == "faults"], given.count or 30)
-    if missing:
-        yield from trials(missing[: given.now], given.seed)
+    done = {row["trial"] for row in stored if row["part"] == "faults"}
+    missing = [planned for planned in plan(given.seed, given.count or 30) if planned.number not in done]
+    for planned in missing:
+        if not possible(planned.fault):
+            print(f"trial {planned.number} is left out: only root can bring about a {planned.fault}", file=sys.stderr)
+    chosen = [planned for planned in missing if possible(planned.fault)][: given.now]
+    if chosen:
+        yield from trials(chosen, given.seed)
 
 
 def soak(given: argparse.Namespace, stored: Sequence[Row]) -> Iterator[Row]:
@@ -49,7 +55,21 @@ PARTS: dict[str, Callable[[argparse.Namespace, Sequence[Row]], Iterator[Row]]] =
 
 def problems(row: Row) -> bool:
     """Whether a row says that something went wrong."""
-    return any(row.get(name) for name in ("findings", "problem", "not finite", "hooks left"))
+    if row["part"] == "soak":
+        from benchmarks.soak import problem
+
+        return bool(problem(row))
+    return bool(row.get("findings") or row.get("problem"))
+
+
+def kept(rows: Sequence[Row], given: argparse.Namespace, commit: str) -> list[Row]:
+    """The stored rows that stay: all of other parts and seeds; of this one fault trials, of this commit or with --resume."""
+    return [
+        row
+        for row in rows
+        if (row["part"], row["seed"]) != (given.part, given.seed)
+        or (given.part == "faults" and (given.resume or row["commit"] == commit))
+    ]
 
 
 def main() -> None:
@@ -57,21 +77,21 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--count", type=int, help="trials; default: 2100 copies, 30 faults in all, 10000 calls")
     parser.add_argument("--now", type=int, help="faults: at most so many trials in this run")
+    parser.add_argument("--resume", action="store_true", help="faults: trials of other commits count, too")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(1)
     origin: dict[str, Any] = envelope([], given.seed)
-    where = {"commit": origin["commit"], "command": origin["command"]}
+    where = {"commit": origin["commit"] + ("-dirty" if origin["dirty"] else ""), "command": origin["command"]}
     path = RESULTS / "reliability.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    if given.part != "faults":
-        rows = [row for row in rows if (row["part"], row["seed"]) != (given.part, given.seed)]
-    wrong = False
-    for row in PARTS[given.part](given, tuple(rows)):
-        rows.append({"part": given.part, "seed": given.seed, **row, **where})
+    stored = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = kept(stored, given, where["commit"])
+    mine = [row for row in rows if (row["part"], row["seed"]) == (given.part, given.seed)]
+    for row in PARTS[given.part](given, mine):
+        mine.append({"part": given.part, "seed": given.seed, **row, **where})
+        rows.append(mine[-1])
         publish("reliability", rows, given.seed, out=path)
-        wrong |= problems(row)
-    sys.exit(wrong)
+    sys.exit(any(map(problems, mine)))
 
 
 if __name__ == "__main__":

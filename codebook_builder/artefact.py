@@ -1,13 +1,13 @@
-"""Writing codebooks: create, extend, merge, verify. manifest.json is always the last file written: the commit."""
+"""Writing codebooks: create, extend, verify. manifest.json is always the last file written: the commit."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
-import io
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -16,28 +16,23 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from codebook_builder.card import card
-from codebook_builder.commit import PARQUET, check_schema, delete_old
+from codebook_builder.commit import delete_old
 from codebook_builder.faiss_ops import write_shards
+from codebook_builder.provenance import parquet_bytes, read_provenance
 from codebook_prune.codebook import Codebook
 from codebook_prune.index import ShardedIndex
 from codebook_prune.stored import fetch
 from codebook_schemas import BuildConfig, CodebookManifest, FileEntry, ModelInfo, Part, Quality, Thresholds, UserError
-from codebook_schemas.config import content_hash
-from codebook_schemas.errors import one_line
 from codebook_schemas.files import replace_atomically, sync_folder
-from codebook_schemas.manifest import MANIFEST
+from codebook_schemas.manifest import MANIFEST, base_name, model_name
 from codebook_schemas.object_store import ObjectPath, Place
-from codebook_schemas.tables import provenance_schema
 
 CARD = "README.md"
-MAX_TABLE_BYTES, MAX_ROW_BYTES = 1 << 20, 8192
 LIBRARIES = ("codebook-prune", "torch", "transformers", "numpy", "faiss-cpu", "faiss-gpu", "pyarrow", "safetensors", "pillow")
 Measure = Callable[[Codebook, ShardedIndex], Quality]
 
@@ -123,52 +118,10 @@ def write_part(folder: Path, prototypes: Prototypes, before: CodebookManifest | 
     return Part(prototypes=names[0], rows=len(prototypes.vectors), index=tuple(index), provenance=provenance)
 
 
-def parquet_bytes(table: pa.Table) -> bytes:
-    """A parquet file with page checksums; equal tables give equal bytes."""
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, **PARQUET)
-    return buffer.getvalue()
-
-
-def read_provenance(folder: Path, manifest: CodebookManifest) -> pa.Table | None:
-    """Provenance of all prototypes [rows], verified; None if a part has none.
-
-    Raises:
-        UserError: a damaged file, another schema, or a wrong number of rows.
-    """
-    tables = []
-    for part in manifest.parts:
-        if part.provenance is None:
-            return None
-        manifest.verify(folder, [part.provenance])
-        path = folder / part.provenance
-        try:
-            tables.append(_read_table(path, part.rows))
-        except UserError:
-            raise
-        except (pa.ArrowException, OSError, ValueError) as error:  # names that are not UTF-8 among them
-            raise UserError(f"codebook file {path} is damaged: {one_line(error)}") from None
-    return pa.concat_tables(tables)
-
-
-def _read_table(path: Path, rows: int) -> pa.Table:
-    """Provenance of one part. Strings are read as dictionaries and measured first: a file of few bytes may hold long ones."""
-    with pq.ParquetFile(path) as file:
-        check_schema(file.schema_arrow, provenance_schema(), path)
-        if file.metadata.num_rows != rows:
-            raise UserError(f"codebook file {path} has {file.metadata.num_rows} rows, the manifest says {rows}")
-        size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
-        if not 0 <= size <= MAX_TABLE_BYTES + rows * MAX_ROW_BYTES:
-            raise UserError(f"codebook file {path} would take {size} bytes: too many for {rows} rows")
-    with pq.ParquetFile(path, page_checksum_verification=True, read_dictionary=["shard", "key"]) as file:
-        table = file.read()
-    for name in ("shard", "key"):
-        longest = pc.max(pc.binary_length(table[name].unify_dictionaries().chunk(0).dictionary)).as_py() or 0
-        if longest > MAX_ROW_BYTES:
-            raise UserError(f"codebook file {path} has a {name} of {longest} bytes")
-    table = table.cast(provenance_schema())
-    table.validate(full=True)
-    return table
+def published(config: BuildConfig) -> BuildConfig:
+    """What a codebook says of its configuration: no folder of the machine that built it. `config_hash` is of the whole one."""
+    names = {"model": model_name(config.model), "output": base_name(config.output)}
+    return config.model_copy(update={**names, "shards": tuple(map(base_name, config.shards))})
 
 
 def _files(folder: Path, part: Part) -> dict[str, FileEntry]:
@@ -185,14 +138,14 @@ def create(output: Path, prototypes: Prototypes, origin: Origin, rows_per_shard:
     with staged(output) as folder:
         part = write_part(folder, prototypes, None, rows_per_shard)
         manifest = CodebookManifest(
-            model=origin.model,
+            model=origin.model.model_copy(update={"id": model_name(origin.model.id)}),
             dimension=prototypes.vectors.shape[1],
             dtype=str(prototypes.vectors.dtype).removeprefix("torch."),
             thresholds=origin.thresholds,
             counts=origin.counts,
             parts=(part,),
             files=_files(folder, part),
-            config=origin.config,
+            config=origin.config and published(origin.config),
             config_hash=origin.config.content_hash if origin.config else None,
             source=origin.source,
             libraries=libraries(),
@@ -208,6 +161,29 @@ def create(output: Path, prototypes: Prototypes, origin: Origin, rows_per_shard:
     return manifest
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Be the only one who changes a codebook. The lock is the system's, on the manifest, and ends with its process.
+
+    Raises:
+        UserError: no codebook there, a damaged one, or one that another process is changing.
+    """
+    path = folder / MANIFEST
+    CodebookManifest.read(folder)
+    while True:
+        with open(path, "r+b") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"codebook {folder} is being changed by another process: nothing was done here, run the same command again "
+                    "when that has ended"
+                ) from None
+            if os.path.samestat(os.fstat(handle.fileno()), path.stat()):  # else it was replaced before it was locked
+                yield
+                return
+
+
 def extend(folder: Path, prototypes: Prototypes, origin: Origin, rows_per_shard: int) -> CodebookManifest:
     """Add a part to a codebook: existing files stay as they are, the new manifest, one version up, is the commit.
 
@@ -215,12 +191,18 @@ def extend(folder: Path, prototypes: Prototypes, origin: Origin, rows_per_shard:
     quality is that of the whole codebook on the new images.
 
     Raises:
-        UserError: damaged codebook, another model, dimension or divergence scale, or the same input again.
+        UserError: damaged codebook, another model, dimension or divergence scale, the same input again, or another process is
+            changing the codebook.
     """
+    with alone(folder):
+        return _extend(folder, prototypes, origin, rows_per_shard)
+
+
+def _extend(folder: Path, prototypes: Prototypes, origin: Origin, rows_per_shard: int) -> CodebookManifest:
     old = Codebook.from_pretrained(folder)
     before = old.manifest
     before.verify(folder)
-    _check_same_kind(before, origin.model, prototypes.vectors.shape[1], origin.thresholds, str(folder))
+    check_same_kind(before, origin.model, prototypes.vectors.shape[1], origin.thresholds, str(folder))
     sources = check_new_source(folder, before, origin.source)
     shifted = prototypes.cluster + (int(old.cluster.max()) + 1)
     vectors = prototypes.vectors.to(old.prototypes.dtype)
@@ -255,9 +237,10 @@ def check_new_source(folder: Path, manifest: CodebookManifest, source: str | Non
     return sources
 
 
-def _check_same_kind(book: CodebookManifest, model: ModelInfo, dimension: int, limits: Thresholds, name: str) -> None:
+def check_same_kind(book: CodebookManifest, model: ModelInfo, dimension: int, limits: Thresholds, name: str) -> None:
+    """Refuse prototypes of another model, dimension or divergence scale than those of codebook `name` (raises UserError)."""
     pairs = {
-        "model": (book.model.id, model.id),
+        "model": (model_name(book.model.id), model_name(model.id)),
         "model type": (book.model.family, model.family),
         "dimension": (book.dimension, dimension),
         "divergence scale": (book.thresholds.divergence, limits.divergence),
@@ -267,46 +250,6 @@ def _check_same_kind(book: CodebookManifest, model: ModelInfo, dimension: int, l
     for what, (old, new) in pairs.items():
         if old != new:
             raise UserError(f"codebook {name} has {what} {old}, the other has {new}: they do not belong together")
-
-
-def merge(folders: Sequence[Path], output: Path, rows_per_shard: int) -> CodebookManifest:
-    """Join codebooks of one model into a new one, in the given order; clusters are renumbered so that none are mixed.
-
-    Thresholds are kept where all agree. Quality is not measured: it needs the images.
-
-    Raises:
-        UserError: fewer than two, damaged or equal codebooks, or of different models, dimensions or divergence scales.
-    """
-    if len(folders) < 2:
-        raise UserError("merge needs at least two codebooks")
-    check_free(output)
-    books = [Codebook.from_pretrained(folder) for folder in folders]
-    first = books[0].manifest
-    digests = [digest(folder) for folder in folders]
-    if len(set(digests)) < len(digests):
-        raise UserError(
-            f"codebook {folders[next(i for i, d in enumerate(digests) if d in digests[:i])]} is there twice: same content"
-        )
-    for folder, book in zip(folders[1:], books[1:], strict=True):
-        other = book.manifest
-        _check_same_kind(first, other.model, other.dimension, other.thresholds, str(folders[0]))
-        other.verify(folder)
-    first.verify(folders[0])
-    offsets = np.cumsum([0, *(int(book.cluster.max()) + 1 for book in books)])
-    clusters = torch.cat([book.cluster + int(offset) for book, offset in zip(books, offsets, strict=False)])
-    tables = [read_provenance(folder, book.manifest) for folder, book in zip(folders, books, strict=True)]
-    provenance = None if any(t is None for t in tables) else pa.concat_tables(tables)
-    if provenance is not None:
-        place = provenance.schema.get_field_index("cluster")
-        provenance = provenance.set_column(place, provenance_schema().field("cluster"), pa.array(clusters.numpy()))
-    limits = [book.manifest.thresholds for book in books]
-    shared = limits[0] if all(x == limits[0] for x in limits) else Thresholds(divergence=limits[0].divergence)
-    joined = Prototypes(
-        torch.cat([book.prototypes for book in books]), torch.cat([book.support for book in books]), clusters, provenance
-    )
-    counts = {"codebooks": len(books), "prototypes": len(clusters)}
-    source = f"merge:{content_hash(digests)}"
-    return create(output, joined, Origin(first.model, shared, counts, source=source), rows_per_shard)
 
 
 def digest(folder: Place) -> str:
@@ -321,12 +264,16 @@ def digest(folder: Place) -> str:
 
 def collect_garbage(folder: Path, grace_seconds: float) -> list[Place]:
     """Delete what a killed `extend` left in a codebook folder, if older than the grace time: files named as ours that the
-    manifest does not list, and temporary files. Returns what was deleted; raises UserError for a damaged manifest.
+    manifest does not list, and temporary files. Returns what was deleted.
+
+    Raises:
+        UserError: a damaged manifest, or another process is changing the codebook.
     """
-    known = CodebookManifest.read(folder).files
     patterns = ("prototypes-*.safetensors", "prototypes-*.parquet", "index/shard-*.faiss", ".*.tmp", "index/.*.tmp")
-    found = (path for pattern in patterns for path in folder.glob(pattern) if path.resolve().is_relative_to(folder.resolve()))
-    return delete_old([path for path in found if path.relative_to(folder).as_posix() not in known], grace_seconds)
+    with alone(folder):
+        known = CodebookManifest.read(folder).files
+        found = (p for pattern in patterns for p in folder.glob(pattern) if p.resolve().is_relative_to(folder.resolve()))
+        return delete_old([path for path in found if path.relative_to(folder).as_posix() not in known], grace_seconds)
 
 
 def verify(folder: Place) -> CodebookManifest:

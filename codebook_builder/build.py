@@ -21,6 +21,7 @@ from codebook_builder.upload import check_unclaimed, upload
 from codebook_schemas import BuildConfig, CodebookManifest, UserError
 from codebook_schemas.files import replace_atomically
 from codebook_schemas.inputs import InputManifest
+from codebook_schemas.manifest import model_name
 from codebook_schemas.object_store import ObjectPath, Place, place
 
 MIN_JUDGED = 100
@@ -110,7 +111,8 @@ class Build:
         limits = manifest.thresholds
         if limits.top1_prob is None or limits.influence is None:
             raise UserError(f"codebook {folder} has no thresholds: it cannot be extended")
-        if (manifest.model.id, limits.divergence) != (self.config.model, self.config.probe.divergence):
+        own = model_name(self.config.model), self.config.probe.divergence
+        if (model_name(manifest.model.id), limits.divergence) != own:
             raise UserError(
                 f"codebook {folder} is of {manifest.model.id} on the {limits.divergence} scale, the config says "
                 f"{self.config.model} and {self.config.probe.divergence}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import yaml
 
 from codebook_schemas import CodebookManifest
@@ -12,16 +10,14 @@ from codebook_schemas import CodebookManifest
 def card(manifest: CodebookManifest) -> str:
     """README.md of a codebook as first written; later versions are described by manifest.json alone."""
     model, limits, quality = manifest.model, manifest.thresholds, manifest.quality
-    local = model.id.startswith(("/", ".", "~"))
-    name = Path(model.id).name if local else model.id
-    front: dict[str, object] = {} if local else {"base_model": model.id}
+    front: dict[str, object] = {"base_model": model.id} if "/" in model.id else {}
     front |= {
         "library_name": "codebook-prune",
         "pipeline_tag": "image-text-to-text",
         "tags": ["visual-token-pruning", "redundancy-codebook"],
     }
     rows = [
-        ("model", f"`{name}`" + (f" at revision `{model.revision}`" if model.revision else "")),
+        ("model", f"`{model.id}`" + (f" at revision `{model.revision}`" if model.revision else "")),
         ("model type, connector fingerprint", f"{model.family}, {model.fingerprint or 'unknown'}"),
         ("prototypes x dimension", f"{manifest.rows} x {manifest.dimension} ({manifest.dtype})"),
         ("divergence scale", limits.divergence),

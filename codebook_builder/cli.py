@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from codebook_schemas.errors import UserError
+from codebook_schemas.errors import UserError, one_line, shown
 
 if TYPE_CHECKING:
     from codebook_builder.build import Report
     from codebook_schemas import BuildConfig, CodebookManifest
     from codebook_schemas.object_store import Place
 
-INTERRUPTED = 130
+INTERRUPTED, MAX_ERROR = 130, 2000
 app = typer.Typer(
     help="Build, inspect and maintain redundancy codebooks.", no_args_is_help=True, add_completion=False,
     pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -59,8 +59,7 @@ def _print(value: dict[str, Any], as_json: bool) -> None:
 def _summary(folder: Place, manifest: CodebookManifest) -> dict[str, Any]:
     from codebook_builder.artefact import digest
 
-    return {
-        "codebook": str(folder),
+    summary = {
         "version": manifest.version,
         "model": manifest.model.model_dump(),
         "prototypes": manifest.rows,
@@ -68,19 +67,20 @@ def _summary(folder: Place, manifest: CodebookManifest) -> dict[str, Any]:
         "dtype": manifest.dtype,
         "thresholds": manifest.thresholds.model_dump(),
         "counts": manifest.counts,
-        "quality": manifest.quality.model_dump(exclude={"accuracy_retained"}) | manifest.quality.accuracy_retained,
+        "quality": manifest.quality.model_dump(),
         "index_shards": sum(len(part.index) for part in manifest.parts),
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
         "source": manifest.source,
         "config_hash": manifest.config_hash,
         "digest": digest(folder),
     }
+    return {"codebook": str(folder), **shown(summary)}
 
 
 def _report(report: Report, as_json: bool) -> None:
     from dataclasses import asdict
 
-    _print(asdict(report), as_json)
+    _print(asdict(report) | {"counts": shown(report.counts)}, as_json)
 
 
 def build(config: BuildConfig, address: str | None, local: bool, allow_quarantine: bool, extend: Path | None = None) -> Report:
@@ -179,7 +179,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Join codebooks of one model into a new one."""
-    from codebook_builder.artefact import merge as merge_codebooks
+    from codebook_builder.merging import merge as merge_codebooks
     from codebook_schemas import BuildConfig
 
     rows = BuildConfig.model_fields["rows_per_shard"].default
@@ -280,7 +280,7 @@ def main() -> None:
 
 def fail(error: BaseException) -> int:
     """Print one line for an error that users are meant to see and return the exit code; any other is a bug and is raised."""
-    text = " ".join(str(getattr(error, "format_message", error.__str__)()).split())
+    text = one_line(getattr(error, "format_message", error.__str__)(), MAX_ERROR)
     if type(error).__name__ == "NoArgsIsHelpError":  # nothing was asked for: the help itself, as it stands
         print(error, file=sys.stderr)
         return 2

@@ -17,6 +17,7 @@ from typing import Any
 from codebook_builder.dispatch import Dispatch, package_folders
 from codebook_builder.tasks import Runner
 from codebook_schemas import ClusterConfig, UserError
+from codebook_schemas.errors import one_line
 
 CONNECT_SECONDS = 10
 
@@ -73,10 +74,19 @@ def _protect() -> None:
 
     Ray (2.60) takes 127.0.0.1 for a node's address only where clusters are switched off, by the switch it has for systems other
     than Linux. It reads both once, when it is imported; a program that imported it before decides for itself.
+
+    Raises:
+        UserError: the environment asks for another protection than a token, which is none.
     """
     if "ray" in sys.modules:
         return
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    mode = os.environ.get("RAY_AUTH_MODE", "token")
+    if mode != "token":
+        raise UserError(
+            f"RAY_AUTH_MODE is {one_line(mode, 40)!r}: the embedded Ray would take commands from everyone on this machine; "
+            "unset it, or set it to token"
+        )
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from codebook_builder.listeners import listeners_of, listening
+from codebook_builder.memory import free_memory
 from codebook_schemas import UserError
 
 PACKAGES = (
@@ -29,9 +31,13 @@ PACKAGES = (
     "numpy",
 )
 LEAST_DISK_GB, LEAST_MEMORY_GB, LEAST_FILES = 2.0, 4.0, 4096
-LISTENING = "0A"
-LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")
-"""127.0.0.1, ::1 and ::ffff:127.0.0.1 as /proc/net writes them."""
+CONTROL = {
+    "gcs_server": "gcs_server", "raylet": "raylet", "dashboard.py": "job server", "ray::DashboardAgent": "job agent",
+    "ray.util.client.server": "client server",
+}  # fmt: skip
+"""Ray's processes that take commands, by their program, script or title."""
+JOB_SERVERS = ("job server", "job agent")
+"""Those that run what they are sent over HTTP, also when they are sent it on loopback."""
 
 
 @dataclass(frozen=True)
@@ -94,37 +100,40 @@ def _ray(proc: Path) -> Iterator[Finding]:
     elif address and mode != "token":
         problem = "RAY_ADDRESS is set without RAY_AUTH_MODE=token: whoever reaches such a cluster runs code on it"
     yield Finding("ray auth", f"mode {mode}, {'a token' if token else 'no token'}, address {address or 'unset'}", problem)
-    for name, ports, protected in ray_listeners(proc):
-        problem = (
-            None if protected else f"{name} takes commands from the network without a token: start it with RAY_AUTH_MODE=token"
-        )
-        yield Finding("ray listener", f"{name} on every interface: {', '.join(map(str, ports))}", problem)
+    for name, ports, reachable, protected in ray_listeners(proc):
+        source = "from the network" if reachable else "from every user of this machine"
+        problem = None if protected else f"{name} takes commands {source} without a token: start it with RAY_AUTH_MODE=token"
+        where = "beyond loopback" if reachable else "on loopback"
+        yield Finding("ray listener", f"{name} {where}: {', '.join(map(str, ports))}", problem)
 
 
-def ray_listeners(proc: Path) -> list[tuple[str, list[int], bool]]:
-    """(process, ports, needs a token) of Ray's control processes that listen beyond loopback."""
-    ports: dict[str, int] = {}
-    for table in ("tcp", "tcp6"):
-        path = proc / "net" / table
-        for line in path.read_text(encoding="ascii").splitlines()[1:] if path.is_file() else ():
-            fields = line.split()
-            address, port = fields[1].split(":")
-            if fields[3] == LISTENING and address not in LOOPBACK:
-                ports[fields[9]] = int(port, 16)
-    found = []
-    for folder in sorted(p for p in proc.glob("[0-9]*") if p.name.isdecimal()):
+def ray_listeners(proc: Path) -> Iterator[tuple[str, list[int], bool, bool]]:
+    """(process, ports, reachable from elsewhere, needs a token) of Ray's processes that take commands."""
+    sockets = listening(proc)
+    for folder in sorted((p for p in proc.glob("[0-9]*") if p.name.isdecimal()), key=lambda p: int(p.name)):
         try:
-            name = (folder / "cmdline").read_bytes().split(b"\0")[0].decode(errors="replace").rpartition("/")[2]
-            if name not in ("gcs_server", "raylet"):
-                continue
-            sockets = [os.readlink(link) for link in (folder / "fd").iterdir()]
-            protected = b"RAY_AUTH_MODE=token" in (folder / "environ").read_bytes().split(b"\0")
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+            protected = _has_token(folder)
+            if command[0].startswith(b"ray::"):  # its title is written over its environment; its parent is the raylet
+                protected |= _has_token(proc / (folder / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:  # ended meanwhile, or another user's
             continue
-        mine = sorted(ports[s[8:-1]] for s in sockets if s.startswith("socket:[") and s[8:-1] in ports)
-        if mine:
-            found.append((f"{name} (process {folder.name})", mine, protected))
-    return found
+        name = _control_process([part.decode(errors="replace") for part in command])
+        mine = listeners_of(int(folder.name), sockets, proc) if name else set()
+        for reachable in (True, False):
+            ports = sorted({listener.port for listener in mine if listener.on_loopback != reachable})
+            if ports and (reachable or name in JOB_SERVERS):
+                yield f"{name} (process {folder.name})", ports, reachable, protected
+
+
+def _has_token(process: Path) -> bool:
+    return b"RAY_AUTH_MODE=token" in (process / "environ").read_bytes().split(b"\0")
+
+
+def _control_process(command: list[str]) -> str | None:
+    """What a command line is of Ray's, by its program or the script it runs; None: nothing that takes commands."""
+    names = [part.rpartition("/")[2].strip() for part in command[:3]]
+    return next((CONTROL[name] for name in names if name in CONTROL), None)
 
 
 def _room(folder: Path) -> Iterator[Finding]:
@@ -134,12 +143,10 @@ def _room(folder: Path) -> Iterator[Finding]:
     yield Finding("disk", f"{disk:.1f} GB free below {place}", problem)
     if not os.access(place, os.W_OK):
         yield Finding("disk", "not writable", f"{place} cannot be written: choose another output")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        lines = dict(line.split(":") for line in meminfo.read_text(encoding="ascii").splitlines())
-        memory = int(lines["MemAvailable"].split()[0]) / 2**20
-        problem = f"less than {LEAST_MEMORY_GB:g} GB of memory are available" if memory < LEAST_MEMORY_GB else None
-        yield Finding("memory", f"{memory:.1f} GB available", problem)
+    free = free_memory()
+    if free is not None:
+        problem = f"less than {LEAST_MEMORY_GB:g} GB of memory are available" if free < LEAST_MEMORY_GB * 2**30 else None
+        yield Finding("memory", f"{free / 2**30:.1f} GB available", problem)
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     problem = f"a process may open {files} files, Ray wants {LEAST_FILES}: ulimit -n 65536" if files < LEAST_FILES else None
     yield Finding("open files", str(files), problem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import resource
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,17 +37,42 @@ def peak_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def free_memory() -> int | None:
-    """Bytes this machine (or the container this runs in) can still give; None where that cannot be told."""
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that this machine, or the control groups this process is in, can still give; None where that cannot be told.
+
+    The kernel's page cache counts as free, on the machine as in a group: it gives way.
+
+    Args:
+        root: where /proc and /sys are.
+    """
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (root / "proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return None
-    group = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError):  # no limit reads "max"
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return max(0, free)
+    return max(0, min([free, *_left_in_groups(root)]))
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    """What each control group that this process is in, and each above it, still allows; both versions of the interface."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top, prefix, names = (root / "sys/fs/cgroup", "", ("memory.max", "memory.current"))
+        if controllers:
+            top, prefix, names = top / "memory", "total_", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        for group in (top / path.lstrip("/"), *(top / path.lstrip("/")).parents):
+            if not group.is_relative_to(top):
+                break
+            with suppress(OSError, ValueError, KeyError):  # without a limit, the file reads "max" or is not there
+                limit, used = (int((group / name).read_text()) for name in names)
+                stat = dict(entry.split() for entry in (group / "memory.stat").read_text().splitlines())
+                yield limit - used + int(stat[f"{prefix}inactive_file"]) + int(stat[f"{prefix}active_file"])
 
 
 def check_fits(wanted: int, free: int | None, what: str) -> None:

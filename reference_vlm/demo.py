@@ -10,26 +10,28 @@ import argparse
 import json
 import os
 import re
-import signal
-import socket
+import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from codebook_schemas import UserError
+from codebook_schemas.config import content_hash
+from codebook_schemas.files import sha256_of
 from reference_vlm import CHECKPOINT
 from reference_vlm.demo_overlay import draw_overlays
 from reference_vlm.evaluate import answers, inputs_of, is_right
+from reference_vlm.local_ray import RAY, StartError, local_ray
 from reference_vlm.scenes import GRID
 from reference_vlm.suites import Prompt, make_suite
 
@@ -50,99 +52,54 @@ class Result:
     prefill_ms: float
 
 
-def free_port() -> int:
-    """A TCP port that is free on loopback now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def local_ray(folder: Path, cpus: int) -> Iterator[dict[str, str]]:
-    """A Ray head with a job server on loopback that asks for a token; yields the environment its clients need.
-
-    Only the processes started here are stopped.
-    """
-    port = free_port()
-    env = {
-        **os.environ,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": os.urandom(16).hex(),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ADDRESS": f"http://127.0.0.1:{port}",
-    }
-    flags = {
-        "node-ip-address": "127.0.0.1",
-        "port": free_port(),
-        "dashboard-host": "127.0.0.1",
-        "dashboard-port": port,
-        "dashboard-agent-listen-port": free_port(),
-        "ray-client-server-port": free_port(),
-        "num-cpus": cpus,
-        "object-store-memory": 200_000_000,
-        "include-dashboard": "true",
-    }
-    command = [ray_command(), "start", "--head", "--block", *(f"--{key}={value}" for key, value in flags.items())]
-    start_env = {k: v for k, v in env.items() if k != "RAY_ADDRESS"}
-    with (
-        open(folder / "ray.log", "w") as log,
-        tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as scratch,
-    ):
-        command.append(f"--temp-dir={scratch}")
-        head = subprocess.Popen(command, env=start_env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            wait_for(port, head, folder / "ray.log")
-            yield env
-        finally:
-            stop(head)
-
-
-def ray_command() -> str:
-    """The ray executable of this environment."""
-    return str(Path(sys.executable).with_name("ray"))
-
-
-def wait_for(port: int, head: subprocess.Popen[bytes], log: Path, seconds: float = 90) -> None:
-    """Wait until the job server answers; RuntimeError if the head dies or takes too long."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        if head.poll() is not None:
-            break
-        time.sleep(0.3)
-    raise RuntimeError(f"the local Ray head did not start; see {log}")
-
-
-def stop(head: subprocess.Popen[bytes]) -> None:
-    """End the head, which ends what it started; what does not listen within 20 seconds is killed."""
-    head.send_signal(signal.SIGTERM)
-    try:
-        head.wait(20)
-    except subprocess.TimeoutExpired:
-        os.killpg(head.pid, signal.SIGKILL)
-        head.wait()
-
-
 def build_codebook(folder: Path, images: int, workers: int) -> Path:
-    """Write shards and configuration, submit the real job to a local Ray, return the codebook's folder."""
+    """Write shards and configuration, submit the real job to a local Ray, return the codebook's folder.
+
+    A codebook that is there is used again if it was built from this checkpoint and these images; else it is built again.
+
+    Raises:
+        UserError: there is a codebook that is none of the demo's.
+    """
     from reference_vlm.shards import build_config, write_scene_shards
 
     console.rule(f"1  {images} training images as WebDataset shards")
     shards = write_scene_shards(folder / "shards", images=images, per_shard=max(1, images // 8))
     output = folder / "codebook"
+    settings = build_config(shards, output, workers=workers)
     config = folder / "build.yaml"
-    config.write_text(json.dumps(build_config(shards, output, workers=workers), indent=1) + "\n")
+    config.write_text(json.dumps(settings, indent=1) + "\n")
     console.print(f"{len(shards)} shards in {folder / 'shards'}, configuration in {config}")
     console.rule("2  ray job submit: probe, select, write the codebook")
+    drop_stale(folder, content_hash([*map(sha256_of, [*checkpoint_files(), *shards]), settings | {"cluster": {}}]))
     if (output / "manifest.json").exists():
-        console.print(f"{output} is already built: remove {folder} to build it again")
+        console.print(f"{output} is already built from this checkpoint and these images: remove it to build it again")
         return output
     with local_ray(folder, workers) as env:
         script = [sys.executable, "jobs/build_codebook.py", str(config.resolve())]
-        run_quietly([ray_command(), "job", "submit", "--log-style=record", "--working-dir", ".", "--", *script], env)
+        run_quietly([RAY, "job", "submit", "--log-style=record", "--working-dir", ".", "--", *script], env)
     return output
+
+
+def checkpoint_files() -> list[Path]:
+    """The files that the reference VLM is loaded from."""
+    return sorted(path for path in CHECKPOINT.iterdir() if path.suffix in (".json", ".safetensors", ".jinja"))
+
+
+def drop_stale(folder: Path, source: str) -> None:
+    """Remove the demo's codebook and its scores if they were made from something else; `source` is kept beside them.
+
+    Raises:
+        UserError: there is a codebook, and no record that the demo made it.
+    """
+    record, made = folder / "built_from.txt", [folder / "codebook", folder / "codebook.run"]
+    known = record.read_text().strip() if record.is_file() else None
+    if known != source and any(path.exists() for path in made):
+        if known is None:
+            raise UserError(f"{folder} holds a codebook of unknown origin: remove it, or choose another --out")
+        console.print(f"the codebook in {folder} was built from another checkpoint or other images: building it again")
+        for path in made:
+            shutil.rmtree(path, ignore_errors=True)
+    record.write_text(source + "\n")
 
 
 def run_quietly(command: list[str], env: dict[str, str]) -> None:
@@ -244,16 +201,40 @@ def draw_chart(results: Sequence[Result], questions: int, path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    """Run the demo."""
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise it as a UserError."""
+        raise UserError(f"{message} (see --help)")
+
+
+def at_least(smallest: int) -> Callable[[str], int]:
+    """A type of command-line arguments: a whole number that is large enough."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"must be a whole number, {smallest} or more, not {text!r}")
+        return int(text)
+
+    return number
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Build, compare, draw.
+
+    Raises:
+        UserError: bad input.
+        subprocess.CalledProcessError: the build job failed.
+    """
     from codebook_prune import Codebook, load_model
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo"))
-    parser.add_argument("--images", type=int, default=240)
-    parser.add_argument("--questions", type=int, default=600)
-    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
-    args = parser.parse_args()
+    parser.add_argument("--images", type=at_least(8), default=240)
+    parser.add_argument("--questions", type=at_least(len(FAMILIES)), default=600)
+    parser.add_argument("--workers", type=at_least(1), default=min(4, os.cpu_count() or 1))
+    args = parser.parse_args(arguments)
     folder: Path = args.out.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -268,12 +249,28 @@ def main() -> None:
     console.print(f"codebook: {folder / 'codebook'} ({len(codebook)} prototypes); {time.perf_counter() - started:.0f} s in all")
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo: exit code 0, 1 (Ray or the job failed), 2 (bad input, in one line) or 130 (interrupted)."""
     try:
-        main()
+        run(arguments)
     except KeyboardInterrupt:
-        console.print("\ninterrupted: run the same command again, finished shards are kept")
-        sys.exit(130)
+        return say("\ninterrupted: run the same command again, finished shards are kept", 130)
     except subprocess.CalledProcessError as error:
-        console.print(f"error: the build job failed (exit code {error.returncode}); its output is above")
-        sys.exit(1)
+        return say(f"error: the build job failed (exit code {error.returncode}); its output is above", 1)
+    except StartError as error:
+        return say(f"error: {error}", 1)
+    except UserError as error:
+        return say(f"error: {error}", 2)
+    except OSError as error:
+        return say(f"error: {error.filename or 'a file'}: {error.strerror}", 2)
+    return 0
+
+
+def say(text: str, code: int) -> int:
+    """Print one line and return the code to exit with."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,10 +6,10 @@ import os
 import signal
 import time
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.processes import descendants
+from codebook_builder.listeners import Listener, listeners_of, listening
 
 
 def running(pid: int) -> bool:
@@ -29,22 +29,10 @@ def end(pids: Iterable[int], seconds: float) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def listeners(pids: Iterable[int]) -> set[tuple[str, int]]:
-    """(address as /proc/net writes it, TCP port) of everything that those processes listen on."""
-    listening = {}
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A":
-                address, port = fields[1].split(":")
-                listening[f"socket:[{fields[9]}]"] = (address, int(port, 16))
-    found = set()
-    for pid in pids:
-        with suppress(OSError):  # one that has just ended
-            for link in Path(f"/proc/{pid}/fd").iterdir():
-                with suppress(OSError):
-                    found.add(listening.get(os.readlink(link)))
-    return {item for item in found if item}
+def listeners(pids: Iterable[int]) -> set[Listener]:
+    """Everything that those processes listen on."""
+    sockets = listening()
+    return {listener for pid in pids for listener in listeners_of(pid, sockets)}
 
 
 __all__ = ["descendants", "end", "listeners", "running"]

@@ -15,6 +15,7 @@ from codebook_prune.stored import cached
 from codebook_schemas import CodebookManifest, UserError
 from codebook_schemas.errors import one_line
 from codebook_schemas.files import replace_atomically
+from codebook_schemas.manifest import MANIFEST
 from codebook_schemas.object_store import ObjectPath, place
 
 ALLOW_PATTERNS = ["manifest.json", "*.safetensors", "index/*.faiss", "*.parquet", "README.md"]
@@ -39,13 +40,14 @@ class Codebook:
         check_tensors({"prototypes": prototypes, "support": support, "cluster": cluster}, manifest.dimension, "codebook")
         self.prototypes, self.support, self.cluster = prototypes, support, cluster
         self.manifest, self.folder = manifest, folder
+        self._model = one_line(manifest.model.id, 200)
         self._units: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.prototypes)
 
     def __repr__(self) -> str:
-        return f"Codebook({len(self)} x {self.manifest.dimension}, {self.manifest.model.id}, version {self.manifest.version})"
+        return f"Codebook({len(self)} x {self.manifest.dimension}, {self._model}, version {self.manifest.version})"
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> Codebook:
@@ -82,17 +84,23 @@ class Codebook:
         self.manifest.commit(target)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Upload the folder to the Hugging Face Hub; returns the commit's address."""
+        """Upload the files that the manifest lists, and it, to the Hugging Face Hub; returns the commit's address.
+
+        Raises:
+            UserError: the codebook was not loaded from a folder, or that is damaged or has changed since.
+        """
         from huggingface_hub import HfApi
 
         source = self._source()
+        if CodebookManifest.read(source) != self.manifest:
+            raise UserError(f"codebook {source} has changed since it was loaded: load it again")
         self.manifest.verify(source)
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         info = api.upload_folder(
             repo_id=repo_id,
             folder_path=source,
-            allow_patterns=ALLOW_PATTERNS,
+            allow_patterns=[*self.manifest.files, MANIFEST],
             commit_message=f"Codebook v{self.manifest.version}",
         )
         return str(info.commit_url)
@@ -143,7 +151,7 @@ class Codebook:
     def _check(self, tokens: Tensor) -> None:
         if tokens.ndim != 2 or tokens.shape[-1] != self.manifest.dimension:
             raise UserError(
-                f"this codebook has dimension {self.manifest.dimension} (model {self.manifest.model.id}), the tokens are "
+                f"this codebook has dimension {self.manifest.dimension} (model {self._model}), the tokens are "
                 f"{list(tokens.shape)}: it belongs to another model"
             )
 
@@ -156,15 +164,17 @@ class Codebook:
         model = self.manifest.model
         if adapter.hidden_size != self.manifest.dimension:
             raise UserError(
-                f"codebook of {model.id} has dimension {self.manifest.dimension}, the model has {adapter.hidden_size}: "
+                f"codebook of {self._model} has dimension {self.manifest.dimension}, the model has {adapter.hidden_size}: "
                 "use a codebook built from this model"
             )
         if adapter.family != model.family:
-            raise UserError(f"codebook was built for model type '{model.family}', this model is a '{adapter.family}'")
+            raise UserError(
+                f"codebook was built for model type '{one_line(model.family, 100)}', this model is a '{adapter.family}'"
+            )
         if model.fingerprint is not None and adapter.fingerprint() != model.fingerprint:
             raise UserError(
-                f"codebook was built from {model.id} (connector {model.fingerprint}), this model's connector is "
-                f"{adapter.fingerprint()}: build a codebook from this model"
+                f"codebook was built from {self._model} (connector {one_line(model.fingerprint, 40)}), this model's connector "
+                f"is {adapter.fingerprint()}: build a codebook from this model"
             )
 
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from codebook_schemas.errors import UserError
+from codebook_schemas.errors import UserError, one_line, shown
 
 if TYPE_CHECKING:
     from codebook_prune.answer import Asker, Run
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from codebook_prune.media import Media
     from codebook_prune.spec import AnyPruner
     from codebook_prune.video import Sampling
+
+MAX_ERROR = 2000
+"""Characters of an error that are printed."""
 
 
 def answer_each(
@@ -61,7 +64,7 @@ def answer_each(
                         draw_answer(media, pruned, asker.image_processor, picture)
                 except UserError as error:
                     failed.append(", ".join(map(str, files)))
-                    console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+                    console.print(f"error: {one_line(error, MAX_ERROR)}", markup=False, highlight=False, soft_wrap=True)
                     if as_json:
                         write_line({**named(files), "error": str(error)})
                     continue
@@ -96,7 +99,6 @@ def print_codebook(name: str, codebook: Codebook, as_json: bool) -> None:
     """Print what is in a verified codebook."""
     manifest = codebook.manifest
     summary = {
-        "codebook": name,
         "version": manifest.version,
         "model": manifest.model.model_dump(exclude_none=True),
         "prototypes": manifest.rows,
@@ -111,6 +113,7 @@ def print_codebook(name: str, codebook: Codebook, as_json: bool) -> None:
         "files_verified": len(manifest.files),
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
     }
+    summary = {"codebook": name, **shown(summary)}
     if as_json:
         write_line(summary)
         return
@@ -159,5 +162,5 @@ def write_line(value: dict[str, Any]) -> None:
 
 def complain(text: str) -> int:
     """Print an error as one line; the exit code for bad input."""
-    print("error: " + " ".join(text.split()), file=sys.stderr)
+    print("error: " + one_line(text, MAX_ERROR), file=sys.stderr)
     return 2

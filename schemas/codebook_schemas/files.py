@@ -106,8 +106,8 @@ def create_exclusively(path: Place, data: bytes) -> bool:
         try:
             os.link(temporary, path)
             won = True
-        except FileExistsError:
-            won = False
+        except FileExistsError:  # over NFS also for a link that was made, whose answer was lost and which was asked for again
+            won = path.exists() and path.samefile(temporary)
 
     _through_temporary(path, data, link)
     return won

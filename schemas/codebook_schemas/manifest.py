@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from codebook_schemas.config import BuildConfig, Strict, content_hash, describe
 from codebook_schemas.errors import UserError, one_line
@@ -19,6 +19,16 @@ MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_NAME = 200
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
+
+
+def base_name(path: str) -> str:
+    """What a codebook says of a path: its last name; an s3:// address, which holds no credentials, as it is."""
+    return path if path.startswith("s3://") else path.rstrip("/").rpartition("/")[2]
+
+
+def model_name(model: str) -> str:
+    """What a codebook says of its model: a Hub id, or the last name of a path that can only be a local one."""
+    return base_name(model) if model.startswith(("/", ".", "~")) else model
 
 
 class FileEntry(Strict):
@@ -68,7 +78,14 @@ class Quality(Strict):
 
     index_recall: float | None = None
     self_coverage: float | None = None
-    accuracy_retained: dict[str, float] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unused(cls, data: Any) -> Any:
+        """Early manifests have a field that nothing ever filled."""
+        if isinstance(data, dict) and data.get("accuracy_retained") == {}:
+            return {key: value for key, value in data.items() if key != "accuracy_retained"}
+        return data
 
 
 class CodebookManifest(Strict):

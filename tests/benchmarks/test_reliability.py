@@ -1,4 +1,4 @@
-"""Fault trials can be done in pieces: they add up in one file, and the least tried fault comes next."""
+"""Fault trials can be done in pieces: those of one commit add up in one file, those of others do not count."""
 
 from __future__ import annotations
 
@@ -20,36 +20,111 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
-def test_trials_add_up_until_there_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trials themselves take minutes; here they only say what they were asked for, and the fourth is interrupted."""
-    path = tmp_path / "reliability.json"
-    kept = {"part": "hostile", "seed": 0, "findings": []}
-    path.write_text(json.dumps({"rows": [kept, {"part": "faults", "seed": 1, "fault": "worker", "problem": ""}]}))
-    interrupted: list[int] = []
+HOSTILE = {"part": "hostile", "seed": 0, "commit": "old", "findings": []}
 
-    def trials(planned: Sequence[tuple[int, str]], seed: int) -> Iterator[dict[str, Any]]:
-        for number, fault in planned:
-            if number == 3 and not interrupted:
-                interrupted.append(number)
+
+@pytest.fixture
+def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Results with trials of another commit and of another seed. Trials take minutes; here they only say what was asked."""
+    others = [{"part": "faults", "seed": seed, "commit": "old", "trial": 0, "problem": ""} for seed in (0, 1)]
+    (tmp_path / "reliability.json").write_text(json.dumps({"rows": [HOSTILE, *others]}))
+
+    def trials(planned: Sequence[faults.Planned], seed: int) -> Iterator[dict[str, Any]]:
+        for number, fault, moment in planned:
+            if number == 3 and not (tmp_path / "interrupted").exists():
+                (tmp_path / "interrupted").touch()
                 raise KeyboardInterrupt
-            yield {"trial": number, "fault": fault, "problem": "digest" if fault == "node" else ""}
+            yield {"trial": number, "fault": fault, "drawn": moment, "problem": ""}
 
     monkeypatch.setattr(faults, "trials", trials)
     monkeypatch.setattr(reliability, "RESULTS", tmp_path)
     monkeypatch.setattr(faults.os, "geteuid", lambda: 0)
+    at(monkeypatch, "new")
+    return tmp_path / "reliability.json"
+
+
+def at(monkeypatch: pytest.MonkeyPatch, commit: str, dirty: bool = False) -> None:
+    envelope = reliability.envelope([], 0)
+    monkeypatch.setattr(reliability, "envelope", lambda rows, seed: envelope | {"commit": commit, "dirty": dirty})
+
+
+def trials_of(path: Path, seed: int = 0) -> list[tuple[int, str]]:
+    rows = json.loads(path.read_text())["rows"]
+    return [(row["trial"], row["commit"]) for row in rows if (row["part"], row["seed"]) == ("faults", seed)]
+
+
+def test_trials_of_one_commit_add_up_until_there_are_enough(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fourth is interrupted."""
     assert run(monkeypatch, "faults", "--count", "9", "--now", "1") == 0
+    assert trials_of(stored) == [(0, "new")]  # the one of the other commit does not count
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, "faults", "--count", "9")
-    assert run(monkeypatch, "faults", "--count", "9") == 0
-    assert run(monkeypatch, "faults", "--count", "9") == 0
-    rows = json.loads(path.read_text())["rows"]
-    assert rows[0] == kept
-    assert [row["fault"] for row in rows[1:]] == [*faults.FAULTS, *faults.FAULTS[:2]]
-    assert [row["trial"] for row in rows[2:]] == list(range(1, 9))
+    assert trials_of(stored) == [(n, "new") for n in range(3)]
+    for _ in range(2):
+        assert run(monkeypatch, "faults", "--count", "9") == 0
+        assert trials_of(stored) == [(n, "new") for n in range(9)]
+    rows = json.loads(stored.read_text())["rows"]
+    assert rows[0] == HOSTILE
+    assert [(row["fault"], row["drawn"]) for row in rows[2:]] == [planned[1:] for planned in faults.plan(0, 9)]
+    assert trials_of(stored, seed=1) == [(0, "old")]
 
 
-def test_a_trial_that_finds_something_is_told_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faults, "trials", lambda planned, seed: iter([{"fault": "node", "problem": "digest"}]))
-    monkeypatch.setattr(reliability, "RESULTS", tmp_path)
+def test_another_commit_starts_anew_unless_it_is_told_to_resume(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (stored.parent / "interrupted").touch()
+    assert run(monkeypatch, "faults", "--count", "4", "--now", "1", "--resume") == 0
+    assert trials_of(stored) == [(0, "old"), (1, "new")]
+    at(monkeypatch, "newer")
+    assert run(monkeypatch, "faults", "--count", "4", "--now", "1", "--resume") == 0
+    assert trials_of(stored) == [(0, "old"), (1, "new"), (2, "newer")]
+    at(monkeypatch, "newer", dirty=True)
+    assert run(monkeypatch, "faults", "--count", "4") == 0
+    assert trials_of(stored) == [(n, "newer-dirty") for n in range(4)]
+
+
+def test_a_trial_that_finds_something_is_told_and_kept(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "trials", lambda planned, seed: iter([{"trial": 0, "fault": "node", "problem": "digest"}]))
     assert run(monkeypatch, "faults", "--now", "1") == 1
-    assert json.loads((tmp_path / "reliability.json").read_text())["rows"][0]["problem"] == "digest"
+    monkeypatch.setattr(faults, "trials", lambda planned, seed: iter([{"trial": 1, "fault": "node", "problem": ""}]))
+    assert run(monkeypatch, "faults", "--now", "1") == 1  # the other piece stays wrong
+    assert [row["problem"] for row in json.loads(stored.read_text())["rows"] if row["commit"] == "new"] == ["digest", ""]
+
+
+def test_the_whole_suite_has_every_fault_and_every_moment() -> None:
+    whole = faults.plan(0, 30)
+    assert [planned.number for planned in whole] == list(range(30))
+    assert {planned.fault for planned in whole} == set(faults.FAULTS)
+    assert {planned.moment for planned in whole} == set(faults.MOMENTS)
+    assert all(planned.moment in faults.PROBING for planned in whole if planned.fault in ("worker", "late node"))
+    assert faults.plan(0, 9) == whole[:9]
+    assert faults.plan(1, 30) != whole
+    assert min([planned.fault for planned in whole].count(fault) for fault in faults.FAULTS) == 30 // len(faults.FAULTS)
+
+
+def test_the_full_disk_is_left_to_root(
+    stored: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (stored.parent / "interrupted").touch()
+    monkeypatch.setattr(faults.os, "geteuid", lambda: 1000)
+    assert run(monkeypatch, "faults", "--count", "14") == 0
+    assert capsys.readouterr().err.count("only root can bring about a disk full") == 2
+    assert len(trials_of(stored)) == 12
+
+
+def test_the_moment_is_read_off_the_files(tmp_path: Path) -> None:
+    trial = faults.Trial(None, tmp_path / "t", tmp_path, None)  # type: ignore[arg-type]
+    done = [f"book.run/parts/_done/{n}.json" for n in range(faults.SHARDS)]
+    files = ["book.run/calibration/part-a", "book.run/parts/part-a", *done]
+    files += [".book.1.tmp/x", ".book.1.tmp/README.md", "book/manifest.json"]
+    found = [trial.moment()]
+    for name in files:
+        (tmp_path / "t" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "t" / name).touch()
+        found.append(trial.moment())
+    assert tuple(found) == faults.ORDER
+
+
+def test_the_files_of_a_build_are_compared_without_what_is_random(tmp_path: Path) -> None:
+    for attempt in range(2):
+        (tmp_path / f"part-00000-s-{attempt}-{'0' * 31}{attempt}.parquet").touch()
+    (tmp_path / ".x.tmp").mkdir()
+    assert faults.names_of(tmp_path) == {"part-00000-s.parquet": 2}

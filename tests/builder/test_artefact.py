@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from building import score_table
 from safetensors.torch import load_file
 
 from codebook_builder import artefact, cli
-from codebook_builder.artefact import Origin, Prototypes, create, digest, extend, merge, read_provenance, verify
+from codebook_builder.artefact import Origin, Prototypes, create, digest, extend, verify
+from codebook_builder.merging import merge
+from codebook_builder.provenance import read_provenance
 from codebook_builder.quality import COVERED, index_recall, measure
 from codebook_builder.select import Rule, embeddings_of, low_information
 from codebook_prune.codebook import Codebook
 from codebook_prune.index import ShardedIndex
-from codebook_schemas import CodebookManifest, ModelInfo, Thresholds, UserError
+from codebook_schemas import BuildConfig, CodebookManifest, ModelInfo, Quality, Thresholds, UserError
 from codebook_schemas.tables import provenance_schema
 
 DIMENSION = 6
@@ -271,3 +274,78 @@ def test_quality_is_what_its_definition_says(tmp_path: Path) -> None:
             return scores[:, 1:], ids[:, 1:]
 
     assert index_recall(book, Wrong(), embeddings_of(tables[0])) == 0.0  # type: ignore[arg-type]
+
+
+def test_of_two_extensions_at_once_one_is_told_to_wait(tmp_path: Path) -> None:
+    """The second comes while the first measures its quality, with its files written and its manifest not."""
+    book = tmp_path / "book"
+    create(book, prototypes(10), origin(), rows_per_shard=4)
+    again = "is being changed by another process: nothing was done here, run the same command again when that has ended"
+
+    def meanwhile(whole: Codebook, index: ShardedIndex) -> Quality:
+        before = snapshot(book)
+        with pytest.raises(UserError, match=again):
+            extend(book, prototypes(7, seed=2), origin(source="inputs:three"), rows_per_shard=4)
+        with pytest.raises(UserError, match=again):
+            artefact.collect_garbage(book, -5)
+        assert snapshot(book) == before
+        return Quality()
+
+    extend(book, prototypes(5, seed=1), origin(source="inputs:two", measure=meanwhile), rows_per_shard=4)
+    assert verify(book).version == 2
+    manifest = extend(book, prototypes(7, seed=2), origin(source="inputs:three"), rows_per_shard=4)
+    assert (manifest.version, manifest.rows, manifest.source) == (3, 22, "inputs:one + inputs:two + inputs:three")
+    assert verify(book) == manifest
+    loaded = Codebook.from_pretrained(book).prototypes
+    assert torch.equal(loaded, torch.cat([prototypes(n, seed=s).vectors for n, s in ((10, 0), (5, 1), (7, 2))]))
+
+
+def test_extensions_that_race_lose_nothing(tmp_path: Path) -> None:
+    book = tmp_path / "book"
+    create(book, prototypes(10), origin(), rows_per_shard=4)
+
+    def add(number: int) -> None:
+        while True:
+            try:
+                extend(book, prototypes(4, seed=number), origin(source=f"inputs:{number}"), rows_per_shard=4)
+            except UserError as error:
+                if "by another process" not in str(error):
+                    raise
+            else:
+                return
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(add, range(8)))
+    manifest = verify(book)
+    assert (manifest.version, manifest.rows) == (9, 42)
+    assert set(str(manifest.source).split(" + ")) == {"inputs:one", *(f"inputs:{number}" for number in range(8))}
+    assert {name for name in snapshot(book) if name != "manifest.json"} == set(manifest.files)
+
+
+def test_a_killed_extension_holds_no_lock(tmp_path: Path) -> None:
+    book = tmp_path / "book"
+    create(book, prototypes(), origin(), rows_per_shard=4)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", KILLED, book, "5"], env=environment, check=False, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    assert extend(book, prototypes(5, seed=1), origin(source="inputs:two"), rows_per_shard=4).rows == 15
+    verify(book)
+
+
+def test_a_codebook_names_no_folder_of_its_builder(tmp_path: Path) -> None:
+    home = tmp_path / "home" / "alice"
+    config = BuildConfig(
+        model=f"{home}/models/llava", shards=(f"{home}/data/s-{{000..003}}.tar", "s3://bucket/s.tar", "../x/t.tar"),
+        output=f"{home}/books/book", seed=3,
+    )  # fmt: skip
+    model = MODEL.model_copy(update={"id": config.model})
+    manifest = create(tmp_path / "book", prototypes(), origin(config=config, model=model), rows_per_shard=4)
+    assert all(b"alice" not in data and str(tmp_path).encode() not in data for data in snapshot(tmp_path / "book").values())
+    assert manifest.model.id == "llava"
+    assert manifest.config is not None
+    assert manifest.config.shards == ("s-{000..003}.tar", "s3://bucket/s.tar", "t.tar")
+    assert (manifest.config.model, manifest.config.output, manifest.config.seed) == ("llava", "book", 3)
+    assert manifest.config_hash == config.content_hash  # a rerun finds its own codebook by it
+    assert "base_model" not in (tmp_path / "book/README.md").read_text()
+    extend(tmp_path / "book", prototypes(5, seed=1), origin(source="inputs:two", model=model), rows_per_shard=4)
+    assert verify(tmp_path / "book").rows == 15

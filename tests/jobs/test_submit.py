@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,25 +21,10 @@ from processes import descendants, end
 from codebook_builder.artefact import verify
 from codebook_builder.shards import write_shard
 from codebook_prune.codebook import Codebook
+from reference_vlm.local_ray import RAY, answers, free_ports
 from reference_vlm.scenes import make_scene, render
 
 ROOT = Path(__file__).parents[2]
-RAY = str(Path(sys.executable).with_name("ray"))
-
-
-def free_ports(number: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(number)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports: list[int] = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
-def answers(port: int) -> bool:
-    with socket.socket() as s:
-        return s.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture(scope="module")

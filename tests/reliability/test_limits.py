@@ -13,11 +13,10 @@ import pytest
 from building import scene_shards, small_config, write_config
 
 from codebook_builder.build import Build
+from codebook_builder.listeners import LOOPBACK
 from codebook_builder.run import RunFolder
 from codebook_builder.worker import run_locally
 
-LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")
-"""127.0.0.1, ::1 and ::ffff:127.0.0.1 as /proc/net writes them."""
 ROOT = Path(__file__).parents[2]
 DRIVER = """
 import json, os, socket, subprocess, sys

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Barrier
 from typing import Any
 
 import fsspec
@@ -33,6 +34,7 @@ from codebook_builder.run import Probed, RunFolder
 from codebook_builder.upload import check_unclaimed, upload
 from codebook_builder.worker import run_locally
 from codebook_prune import Codebook
+from codebook_prune import stored as stored_module
 from codebook_schemas import BuildConfig, UserError
 from codebook_schemas.inputs import InputManifest
 from codebook_schemas.object_store import ObjectPath, place
@@ -140,6 +142,65 @@ def test_a_stored_codebook_is_loaded_from_a_copy(
     assert len(list((tmp_path / "codebook-prune").iterdir())) == 1
     with pytest.raises(UserError, match=r"cannot fetch codebook s3://books/none: "):
         Codebook.from_pretrained("s3://books/none")
+
+
+def stored_book(store: ObjectPath, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectPath:
+    """A small codebook in the store, and a cache of its own to load it into."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    target = store / f"cached-{secrets.token_hex(4)}" / "book"
+    upload(write_codebook(folder / "book", tiny_llava(), torch.randn(5, 64)), target, target.parent / "claim")
+    return target
+
+
+def test_a_bad_transfer_is_not_kept(store: ObjectPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    book = stored_book(store, tmp_path, monkeypatch)
+    fetch = stored_module.fetch
+
+    def flipping(source: ObjectPath, folder: Path) -> None:
+        fetch(source, folder)
+        part = folder / "prototypes-00000.safetensors"
+        data = part.read_bytes()
+        part.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stored_module, "fetch", flipping)
+        with pytest.raises(UserError, match=f"codebook {book} is damaged: the SHA-256 of prototypes-00000.safetensors"):
+            Codebook.from_pretrained(str(book))
+    assert list((tmp_path / "cache/codebook-prune").iterdir()) == []
+    assert len(Codebook.from_pretrained(str(book))) == 5
+
+
+def test_first_loads_at_once_all_end_well(store: ObjectPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every loader has its copy before any of them moves it to its place."""
+    book, fetch, barrier = stored_book(store, tmp_path, monkeypatch), stored_module.fetch, Barrier(4)
+
+    def together(source: ObjectPath, folder: Path) -> None:
+        fetch(source, folder)
+        barrier.wait(60)
+
+    monkeypatch.setattr(stored_module, "fetch", together)
+    with ThreadPoolExecutor(4) as pool:
+        books = list(pool.map(lambda _: Codebook.from_pretrained(str(book)), range(4)))
+    assert [len(b) for b in books] == [5] * 4
+    assert [p.name for p in (tmp_path / "cache/codebook-prune").iterdir()] == [books[0].folder.name]  # type: ignore[union-attr]
+
+
+def test_a_codebook_replaced_while_it_is_copied_is_not_kept(
+    store: ObjectPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    book, fetch = stored_book(store, tmp_path, monkeypatch), stored_module.fetch
+    (other := tmp_path / "other").mkdir()
+    second = write_codebook(other / "book", tiny_llava(), torch.randn(6, 64))
+
+    def replaced(source: ObjectPath, folder: Path) -> None:
+        for path in second.iterdir():
+            (source / path.name).write(path.read_bytes())
+        fetch(source, folder)
+
+    monkeypatch.setattr(stored_module, "fetch", replaced)
+    with pytest.raises(UserError, match="was replaced while it was copied: load it again"):
+        Codebook.from_pretrained(str(book))
+    assert len(Codebook.from_pretrained(str(book))) == 6
 
 
 def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

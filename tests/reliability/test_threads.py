@@ -6,11 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import Any
 
+import pytest
 import torch
 from conftest import tiny_llava
 from oracle import ProjectionPruner, inputs_of, prompt
 
-from benchmarks.soak import soak
+from benchmarks import soak
 
 ROUNDS = 12
 
@@ -39,7 +40,38 @@ def test_two_models_in_two_threads_do_not_disturb_each_other() -> None:
 
 
 def test_a_short_soak_leaves_nothing_behind() -> None:
-    found = soak(120, seed=1, warmup=60)
+    found = soak.soak(120, seed=1, warmup=60)
     assert (found["trials"], found["not finite"], found["hooks left"]) == (120, 0, 0)
     assert found["images"] > 120
-    assert found["object growth"] < 500
+    assert found["memory growth, MB"] < soak.MOST_MEMORY_MB
+    assert found["object growth"] < soak.MOST_OBJECTS
+
+
+def test_a_soak_sees_what_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call leaves half a megabyte and ten objects behind."""
+    hoard, some_pruner = list[object](), soak.some_pruner
+
+    def leaking(*arguments: Any) -> Any:
+        hoard.append((torch.ones(1 << 17), [[] for _ in range(10)]))
+        return some_pruner(*arguments)
+
+    monkeypatch.setattr(soak, "some_pruner", leaking)
+    found = soak.soak(120, seed=1, warmup=60)
+    assert soak.problem(found).endswith("memory, objects")
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({}, ""), ({"memory growth, MB": 16.1}, "memory"), ({"object growth": 501}, "objects"),
+        ({"hooks left": 1}, "hooks left"),
+        ({"latency, last quarter, ms": 15.1}, "latency"), ({"latency, last quarter, ms": float("nan")}, "latency"),
+        ({"not finite": 2, "memory growth, MB": 100.0}, "not finite, memory"),
+    ],
+)  # fmt: skip
+def test_growth_beyond_the_limits_is_a_problem(changes: dict[str, float], problem: str) -> None:
+    sound = {
+        "not finite": 0, "hooks left": 0, "memory growth, MB": 16.0, "object growth": 500, "latency, first quarter, ms": 10.0,
+        "latency, last quarter, ms": 15.0,
+    }  # fmt: skip
+    assert soak.problem(sound | changes) == problem

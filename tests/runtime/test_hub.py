@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -195,3 +196,80 @@ def test_the_command_gives_up_within_seconds(tmp_path: Path) -> None:
     assert "there is no folder some-org/unknown, the Hub cannot be reached" in done.stderr
     assert "Retrying" not in done.stderr
     assert time.monotonic() - began < 20  # most of it imports
+
+
+class Receiver(BaseHTTPRequestHandler):
+    """A Hub that takes commits, and remembers them and what it was sent with."""
+
+    files: ClassVar[dict[str, bytes]]
+    tokens: ClassVar[set[str | None]]
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.tokens.add(self.headers["Authorization"])
+        answer: dict[str, object] = {"url": "x/someone/book"}
+        if "/preupload/" in self.path:
+            answer = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                                for f in json.loads(body)["files"]]}  # fmt: skip
+        elif "/commit/" in self.path:
+            lines = [json.loads(line) for line in body.splitlines()]
+            self.files.update(
+                {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"}
+            )
+            answer = {"commitUrl": "x/someone/book/commit/1", "commitOid": "1" * 40, "success": True}
+        data = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+PUSHING = """
+import os, sys
+from codebook_prune import Codebook
+print(Codebook.from_pretrained(sys.argv[1]).push_to_hub("someone/book"))
+"""
+
+
+@pytest.fixture
+def receiver(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment in which pushes go to a `Receiver`, with a token that is a secret."""
+    Receiver.files, Receiver.tokens = {}, set()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield os.environ | {
+        "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_" + "s" * 34,
+    }  # fmt: skip
+    server.shutdown()
+    server.server_close()
+
+
+def test_only_what_the_manifest_lists_is_pushed(tmp_path: Path, receiver: dict[str, str]) -> None:
+    """A killed extension has left a part and an index behind; there are notes and a token, too."""
+    book = write_codebook(tmp_path / "book", tiny_llava(), torch.randn(5, 64))
+    listed = {p.relative_to(book).as_posix(): p.read_bytes() for p in book.rglob("*") if p.is_file()}
+    (book / "index").mkdir(exist_ok=True)
+    for name in ("prototypes-00001.safetensors", "prototypes-00001.parquet", "index/shard-00009.faiss", ".x.tmp", ".env"):
+        (book / name).write_bytes(b"left behind")
+    done = subprocess.run(
+        [sys.executable, "-c", PUSHING, str(book)], env=receiver, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "x/someone/book/commit/1"
+    assert Receiver.files == listed
+    assert "manifest.json" in listed
+    token = receiver["HF_TOKEN"]
+    assert Receiver.tokens == {f"Bearer {token}"}
+    assert all(token.encode() not in data for data in Receiver.files.values())
+    assert token not in done.stdout + done.stderr
+
+
+def test_a_codebook_that_changed_since_it_was_loaded_is_not_pushed(tmp_path: Path) -> None:
+    book = Codebook.from_pretrained(write_codebook(tmp_path / "book", tiny_llava(), torch.randn(5, 64)))
+    book.manifest.model_copy(update={"version": 2}).commit(tmp_path / "book")
+    with pytest.raises(UserError, match="has changed since it was loaded: load it again"):
+        book.push_to_hub("someone/book")

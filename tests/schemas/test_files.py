@@ -31,3 +31,18 @@ def test_a_failed_replacement_keeps_the_old_file(tmp_path: Path, monkeypatch: py
     assert (path.read_bytes(), os.listdir(tmp_path)) == (b"old", ["file"])
     replace_atomically(path, b"new")
     assert sha256_of(path) == hashlib.sha256(b"new").hexdigest()
+
+
+def test_a_link_whose_answer_was_lost_has_won(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As over NFS: the client repeats the call, and the server refuses the repetition."""
+    link = os.link
+
+    def repeated(source: Path, target: Path) -> None:
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", repeated)
+    assert create_exclusively(tmp_path / "marker", b"mine")
+    assert not create_exclusively(tmp_path / "marker", b"mine")  # of equal bytes, too, one wins
+    assert (tmp_path / "marker").read_bytes() == b"mine"
+    assert os.listdir(tmp_path) == ["marker"]

@@ -10,6 +10,7 @@ import pytest
 
 from codebook_schemas import CodebookManifest, FileEntry, ModelInfo, Part, Thresholds, UserError
 from codebook_schemas.inputs import InputManifest, ShardEntry
+from codebook_schemas.manifest import base_name, model_name
 
 
 def manifest(folder: Path) -> CodebookManifest:
@@ -76,3 +77,28 @@ def test_input_manifests(tmp_path: Path) -> None:
             InputManifest.read(tmp_path / "i.json")
     with pytest.raises(ValueError, match=r"name"):
         ShardEntry(name="../../x", path="/x", bytes=1, sha256="0" * 64, samples=1)
+
+
+def test_a_field_that_nothing_filled_may_still_be_there(tmp_path: Path) -> None:
+    given = manifest(tmp_path)
+    given.commit(tmp_path)
+    data = json.loads((tmp_path / "manifest.json").read_text())
+    del data["checksum"]
+    data["quality"]["accuracy_retained"] = {}
+    (tmp_path / "manifest.json").write_text(json.dumps(data))
+    assert CodebookManifest.read(tmp_path) == given
+    data["quality"]["accuracy_retained"] = {"vqa": 1.0}
+    (tmp_path / "manifest.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match=r"quality.accuracy_retained: unknown key"):
+        CodebookManifest.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "path", "model"),
+    [
+        ("/home/a/x", "x", "x"), ("/home/a/x/", "x", "x"), ("../x", "x", "x"), ("~/x", "x", "x"), ("org/x", "x", "org/x"),
+        ("s3://b/x", "s3://b/x", "s3://b/x"), ("/d/s-{0..3}.tar", "s-{0..3}.tar", "s-{0..3}.tar"), ("x", "x", "x"),
+    ],
+)  # fmt: skip
+def test_names_without_folders(given: str, path: str, model: str) -> None:
+    assert (base_name(given), model_name(given)) == (path, model)
