@@ -154,7 +154,7 @@ def main() -> None:
         console.print(variant.name, *(f"{r['percent_of_full']:.1f}" for r in rows[-len(RATIOS) :]))
     for name, share in YARDSTICKS.items():
         for ratio in RATIOS:
-            pruner = KnownObjectsPruner(iter([p.scene for p in prompts]), background=share, keep_ratio=ratio)
+            pruner = KnownObjectsPruner(iter([prompts[i].scene for i in exam.order]), background=share, keep_ratio=ratio)
             rows.append(row_of(name, 0, ratio, full, exam.take(pruner)[0]))
     publish("ablation", rows, 0, out=args.out)
 

@@ -45,6 +45,7 @@ class Exam:
 
     def __init__(self, model: Any, processor: Any, prompts: Sequence[Prompt], draw: Callable[[Scene], Image] = render) -> None:
         self.model, self.processor, self.prompts = model, processor, prompts
+        self.order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].scenes), len(prompts[i].context)))  # little padding
         self.batches = list(self._encode(draw))
 
     @torch.inference_mode()
@@ -52,7 +53,7 @@ class Exam:
         short = all(len(p.scenes) == 1 and not p.context for p in self.prompts)
         size = 64 if short else 16
         for start in range(0, len(self.prompts), size):
-            part = list(self.prompts[start : start + size])
+            part = [self.prompts[i] for i in self.order[start : start + size]]
             inputs = dict(inputs_of(self.processor, part, draw).to(self.model.device))
             pixels = inputs.pop("pixel_values").to(self.model.dtype)
             with VisionZipPruner(keep_ratio=1.0)(self.model):  # what it reads of the encoder travels with the output
@@ -76,7 +77,9 @@ class Exam:
             counts = dict(zip(COUNTS, map(float, found), strict=True))
             if stats.text_before:
                 counts |= {"text_entering": float(np.mean(stats.text_before)), "text_final": float(np.mean(stats.text_final))}
-        return np.array(right), counts
+        in_order = np.empty(len(right), bool)
+        in_order[self.order] = right
+        return in_order, counts
 
 
 def digest_of(path: Path) -> str:
