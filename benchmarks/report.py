@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -47,7 +48,7 @@ def envelope(rows: Sequence[Row], seed: int) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")}
         | {"python": platform.python_version()},
         "seed": seed,
-        "command": f"python -m benchmarks.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".strip(),
+        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "rows": [dict(row) for row in rows],
     }
 
