@@ -1,8 +1,8 @@
 """Every pruning method the accuracy table compares, at a budget of layer-averaged visual tokens; a new one is one line.
 
-Methods before layer 0 keep `ratio` of each image's tokens, with their original positions where the row says nothing else.
-Methods inside the decoder let everything enter, so their schedule is solved for the same average over the layers; where no
-schedule reaches it, the method has no row there.
+Methods before layer 0 keep `ratio` of each image's tokens. Methods inside the decoder let everything enter, so their schedule
+is solved for the same average over the layers; where no schedule reaches it, the method has no row there. Positions are
+original where a row says nothing else; the exception is the paper's own codebook method, which is run as published.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from codebook_prune import (
     Codebook,
     CodebookDiversityPruner,
     CodebookPruner,
+    ContextPruner,
     DivPrunePruner,
+    EVSPruner,
     FastVPruner,
     PoolPruner,
     PyramidPruner,
@@ -25,6 +27,7 @@ from codebook_prune import (
     UniformPruner,
     VisionZipPruner,
 )
+from codebook_prune.pruners.base import Positions, PrunerChain
 from reference_vlm.scenes import GRID
 
 SMALLER = "smaller picture"
@@ -36,12 +39,13 @@ STAGES = 4
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method needs to be made: the codebook, the budget, the decoder's depth and the seed."""
+    """What a method needs to be made: the codebook, the budget, the decoder's depth, the seed and the paper's own codebook."""
 
     codebook: Codebook
     ratio: float
     layers: int
     seed: int
+    paper: Codebook | None = None
 
 
 Make = Callable[[Setting], Any]
@@ -56,10 +60,10 @@ def fastv(setting: Setting) -> Any:
     return None
 
 
-def pyramid(setting: Setting) -> Any:
+def pyramid(setting: Setting, positions: Positions = "original") -> Any:
     """PyramidDrop with the ratio whose average over four stages is the budget (arXiv 2410.17247)."""
     share = stage_ratio(setting.ratio)
-    return None if share is None else PyramidPruner(ratio=share)
+    return None if share is None else PyramidPruner(ratio=share, positions=positions)
 
 
 def stage_ratio(average: float) -> float | None:
@@ -73,10 +77,22 @@ def stage_ratio(average: float) -> float | None:
     return round(high, 6)
 
 
-def codebook_pyramid(setting: Setting) -> Any:
-    """The codebook, then PyramidDrop at its default ratio: the codebook keeps what makes the average the budget."""
+def then_pyramid(first: type[CodebookPruner | CodebookDiversityPruner], setting: Setting) -> Any:
+    """A method, then PyramidDrop at its default ratio: the first keeps what makes the average the budget."""
     entering = setting.ratio / (sum(0.5**k for k in range(STAGES)) / STAGES)
-    return None if entering >= 1 else CodebookPruner(setting.codebook, keep_ratio=round(entering, 6)) | PyramidPruner()
+    if entering >= 1:
+        return None
+    return first(setting.codebook, keep_ratio=round(entering, 6), positions="original") | PyramidPruner(positions="original")
+
+
+def ours(setting: Setting, positions: Positions = "original") -> Any:
+    """Our own method."""
+    return CodebookDiversityPruner(setting.codebook, keep_ratio=setting.ratio, positions=positions)
+
+
+def paper_exact(setting: Setting) -> Any:
+    """The published method, with the reference implementation's compact positions (arXiv 2503.20540)."""
+    return setting.paper and CodebookPruner(setting.paper, keep_ratio=setting.ratio)
 
 
 def smaller_picture(setting: Setting) -> Any:
@@ -85,19 +101,62 @@ def smaller_picture(setting: Setting) -> Any:
     return CornerPruner(rows=rows, columns=columns)
 
 
-METHODS: dict[str, Make] = {
-    "random": lambda s: RandomPruner(keep_ratio=s.ratio, seed=s.seed, positions="original"),
-    "uniform": lambda s: UniformPruner(keep_ratio=s.ratio, positions="original"),
-    "pool": lambda s: PoolPruner(keep_ratio=s.ratio, positions="original"),
-    SMALLER: smaller_picture,
-    "FastV": fastv,
-    "PyramidDrop": pyramid,
-    "VisionZip": lambda s: VisionZipPruner(keep_ratio=s.ratio, positions="original"),
-    "DivPrune": lambda s: DivPrunePruner(keep_ratio=s.ratio, positions="original"),
-    "CDPruner": lambda s: CDPrunerPruner(keep_ratio=s.ratio, positions="original"),
-    "codebook": lambda s: CodebookPruner(s.codebook, keep_ratio=s.ratio, positions="original"),
-    OURS: lambda s: CodebookDiversityPruner(s.codebook, keep_ratio=s.ratio, positions="original"),
-    "codebook, compact positions": lambda s: CodebookPruner(s.codebook, keep_ratio=s.ratio),
-    "DivPrune, compact positions": lambda s: DivPrunePruner(keep_ratio=s.ratio),
-    "codebook | pyramid": codebook_pyramid,
+QUESTION = 16
+"""Tokens at the end of a prompt that hold its question and the template behind it."""
+CONTEXT = ContextPruner(p=0.3, layers=2, protect_last=QUESTION)
+"""Behind a long text: the paper's rate, its question kept."""
+PICTURES = ("image", "images", "video")
+ALL = (*PICTURES, "text")
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method is made for a budget (None: it cannot meet it), and the suites it is compared on by default."""
+
+    make: Make
+    suites: tuple[str, ...] = PICTURES
+
+
+METHODS: dict[str, Method] = {
+    "random": Method(lambda s: RandomPruner(keep_ratio=s.ratio, seed=s.seed, positions="original"), ALL),
+    "uniform": Method(lambda s: UniformPruner(keep_ratio=s.ratio, positions="original"), ALL),
+    "pool": Method(lambda s: PoolPruner(keep_ratio=s.ratio, positions="original")),
+    SMALLER: Method(smaller_picture),
+    "FastV": Method(fastv, ALL),
+    "PyramidDrop": Method(pyramid),
+    "VisionZip": Method(lambda s: VisionZipPruner(keep_ratio=s.ratio, positions="original"), ALL),
+    "DivPrune": Method(lambda s: DivPrunePruner(keep_ratio=s.ratio, positions="original"), ALL),
+    "CDPruner": Method(lambda s: CDPrunerPruner(keep_ratio=s.ratio, positions="original"), ALL),
+    "EVS": Method(lambda s: EVSPruner(keep_ratio=s.ratio, positions="original"), ("video",)),
+    "codebook": Method(lambda s: CodebookPruner(s.codebook, keep_ratio=s.ratio, positions="original"), ALL),
+    "codebook, paper-exact": Method(paper_exact),
+    OURS: Method(ours, ALL),
+    "codebook, compact positions": Method(lambda s: CodebookPruner(s.codebook, keep_ratio=s.ratio, positions="compact")),
+    f"{OURS}, compact positions": Method(lambda s: ours(s, "compact")),
+    "DivPrune, compact positions": Method(lambda s: DivPrunePruner(keep_ratio=s.ratio, positions="compact")),
+    "PyramidDrop, compact positions": Method(lambda s: pyramid(s, "compact")),
+    "codebook | pyramid": Method(lambda s: then_pyramid(CodebookPruner, s)),
+    f"{OURS} | pyramid": Method(lambda s: then_pyramid(CodebookDiversityPruner, s), ALL),
+    f"{OURS} | context": Method(lambda s: ours(s) | CONTEXT, ("text",)),
 }
+
+
+def positions_of(pruner: Any) -> str:
+    """How a pruner, or a chain's members one after the other, number what they keep."""
+    return " | ".join(dict.fromkeys(p.positions for p in (pruner.pruners if isinstance(pruner, PrunerChain) else (pruner,))))
+
+
+def schedule_of(pruner: Any, layers: int) -> str:
+    """What a pruner keeps from which of `layers` layers on, of what entered the first one of its chain's member."""
+    if isinstance(pruner, PrunerChain):
+        return " | ".join(schedule_of(p, layers) for p in pruner.pruners)
+    if isinstance(pruner, CornerPruner):
+        return f"{pruner.rows} x {pruner.columns} from layer 0"
+    if isinstance(pruner, FastVPruner):
+        return f"{pruner.keep_ratio:.4g} from layer {pruner.layer}"
+    if isinstance(pruner, PyramidPruner):
+        shares = zip(pruner.fractions, pruner.boundaries(layers), strict=True)
+        return ", ".join(f"{float(share):.4g} from layer {layer}" for share, layer in shares)
+    if isinstance(pruner, ContextPruner):
+        return f"{pruner.p} of the text that is left goes in front of layers {', '.join(map(str, pruner.plan(layers)))}"
+    return f"{pruner.keep_ratio:.4g} from layer 0"
