@@ -30,13 +30,20 @@ lint: $(STAMP)  ## ruff check and format check
 types: $(STAMP)  ## mypy, strict
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## run the benchmarks and write benchmarks/results/*.json
+bench: $(STAMP)  ## run the benchmarks, write benchmarks/results/*.json and the pages made from them (hours; accuracies resume)
 	$(BIN)/python -m benchmarks.build
 	$(BIN)/python -m benchmarks.whole_builds
-	$(BIN)/python -m benchmarks.exactness
 	$(BIN)/python -m benchmarks.selection
 	$(BIN)/python -m benchmarks.runtime
+	$(BIN)/python -m benchmarks.exactness
+	$(BIN)/python -m benchmarks.reliability hostile
+	$(BIN)/python -m benchmarks.reliability soak
 	$(BIN)/python -m benchmarks.accuracy
+	$(BIN)/python -m benchmarks.influence
+	$(BIN)/python -m benchmarks.ablation
+	$(BIN)/python -m benchmarks.context
+	$(BIN)/python -m benchmarks.accuracy_page
+	$(BIN)/python -m benchmarks.readme
 
 pages: $(STAMP)  ## write the figures in README.md and docs/ from benchmarks/results
 	$(BIN)/python -m benchmarks.readme

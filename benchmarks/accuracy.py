@@ -2,139 +2,36 @@
 
 Every method answers the same test questions (>= 2,000 a suite, scenes no codebook or tuning has seen) through the processor and
 `generate`. Percent of full is relative to the unpruned model; its 95% interval is a paired bootstrap over questions. What is
-answered is kept in `--work`, so an interrupted run goes on where it stopped.
+answered is kept in `--work`, so an interrupted run goes on where it stopped. Parts (`--suites image` in one process, `--suites
+text` in another, one `--work`) may run at once; a last run without arguments makes the table of all their answers.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL.Image import Image
-from rich.console import Console
 
-from benchmarks import OURS, ROOT
+from benchmarks import OURS
+from benchmarks.answers import Work
 from benchmarks.downsample import shrunk, smaller_grid
-from benchmarks.methods import METHODS, SMALLER, Setting, described, rows_of_suite, schedule
-from benchmarks.reference_codebook import build
+from benchmarks.exam import Exam
+from benchmarks.methods import METHODS, SMALLER, Setting, positions_of, schedule_of
+from benchmarks.reference_codebook import paper_codebook, reference_codebook
 from benchmarks.report import publish
-from codebook_prune import Codebook, VisionZipPruner, load_model
+from codebook_prune import Codebook, load_model
 from reference_vlm import CHECKPOINT
-from reference_vlm.evaluate import inputs_of, is_right
-from reference_vlm.scenes import GRID, Scene, render
+from reference_vlm.scenes import GRID, render
 from reference_vlm.suites import SUITES, Prompt, make_suite
 
 RATIOS = (0.5, 0.33, 0.22, 0.11, 0.056)
-LONG_RATIOS = (0.22, 0.11)
-"""Budgets of the suite of long texts."""
-CODE = (
-    "runtime/codebook_prune/pruners/*.py",
-    "runtime/codebook_prune/adapters/*.py",
-    *(
-        f"runtime/codebook_prune/{name}.py"
-        for name in ("attention", "block", "budget", "cache_state", "columns", "diversity", "encoder", "engine", "layer_view",
-                     "layers", "rate_curve", "selection", "visual_tokens")
-    ),
-    *(f"reference_vlm/{name}.py" for name in ("evaluate", "questions", "scenes", "suites")),
-    "benchmarks/downsample.py",
-    "benchmarks/known_objects.py",
-)  # fmt: skip
-"""The code an answer depends on."""
-Taken = tuple[NDArray[np.bool_], dict[str, float]]
-"""Right per question [n], and visual tokens."""
-COUNTS = ("tokens_entering", "tokens_layer_avg", "tokens_final")
-console = Console(stderr=True)
-
-
-class Exam:
-    """Questions whose images are encoded once: every method is asked the same. `draw` makes a scene's picture."""
-
-    def __init__(self, model: Any, processor: Any, prompts: Sequence[Prompt], draw: Callable[[Scene], Image] = render) -> None:
-        self.model, self.processor, self.prompts = model, processor, prompts
-        self.order = sorted(
-            range(len(prompts)), key=lambda i: (len(prompts[i].scenes), len(prompts[i].context))
-        )  # little padding
-        self.batches = list(self._encode(draw))
-
-    @torch.inference_mode()
-    def _encode(self, draw: Callable[[Scene], Image]) -> Iterator[tuple[list[Prompt], dict[str, Any]]]:
-        short = all(len(p.scenes) == 1 and not p.context for p in self.prompts)
-        size = 64 if short else 16
-        for start in range(0, len(self.prompts), size):
-            part = [self.prompts[i] for i in self.order[start : start + size]]
-            inputs = dict(inputs_of(self.processor, part, draw).to(self.model.device))
-            pixels = inputs.pop("pixel_values").to(self.model.dtype)
-            with VisionZipPruner(keep_ratio=1.0)(self.model):  # what it reads of the encoder travels with the output
-                encoded = self.model.get_image_features(pixel_values=pixels, return_dict=True)
-            encoded.hidden_states = encoded.attentions = None
-            yield part, {**inputs, "mm_encoder_outputs": {"image": encoded}}
-
-    @torch.inference_mode()
-    def take(self, pruner: Any | None) -> Taken:
-        """(right per question [n], visual tokens of an image: entering the LLM, layer-averaged, in the last layer)."""
-        right: list[bool] = []
-        with pruner(self.model) if pruner is not None else nullcontext():
-            for part, inputs in self.batches:
-                ids = self.model.generate(**inputs, max_new_tokens=4, do_sample=False)
-                given = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-                right += [is_right(p.question, a) for p, a in zip(part, given, strict=True)]
-        counts = dict.fromkeys(COUNTS, float(self.model.config.image_seq_length))
-        if pruner is not None:
-            stats = pruner.stats
-            found = (np.mean(stats.tokens_after), stats.layer_averaged_tokens, np.mean(stats.tokens_final))
-            counts = dict(zip(COUNTS, map(float, found), strict=True))
-            if stats.text_before:
-                counts |= {"text_entering": float(np.mean(stats.text_before)), "text_final": float(np.mean(stats.text_final))}
-        in_order = np.empty(len(right), bool)
-        in_order[self.order] = right
-        return in_order, counts
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def reference_codebook(work: Path) -> Path:
-    """The codebook of 240 scenes for the shipped weights, built once and kept in `work`."""
-    folder = work / f"codebook-{digest_of(CHECKPOINT / 'model.safetensors')[:12]}"
-    return folder / "codebook" if (folder / "published" / "manifest.json").exists() else build(folder)
-
-
-class Work:
-    """Answers already given: one JSON line per suite, method and ratio in a file named after everything they depend on, code
-    included. Processes may share it."""
-
-    def __init__(self, folder: Path, codebook: Path, **identity: Any) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        code = sorted(path for pattern in CODE for path in ROOT.glob(pattern))
-        hashes = [digest_of(path) for path in (CHECKPOINT / "model.safetensors", codebook / "manifest.json", *code)]
-        name = hashlib.sha256(json.dumps([hashes, identity], sort_keys=True).encode()).hexdigest()[:16]
-        self.path = folder / f"{name}.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.done = {tuple(row["key"]): row for row in map(json.loads, lines)}
-
-    def get(self, key: tuple[str, str, float, str]) -> Taken | None:
-        """What was stored under (suite, method, ratio, what the pruner is)."""
-        row = self.done.get(key)
-        return row and (np.array(list(row["right"])) == "1", row["counts"])
-
-    def put(self, key: tuple[str, str, float, str], right: NDArray[np.bool_], counts: dict[str, float]) -> None:
-        """Append one line."""
-        row = {"key": key, "right": "".join("01"[int(r)] for r in right), "counts": counts}
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        self.done[key] = row
+RATIOS_OF = {"text": (0.22, 0.11)}
+"""Where prompts are long: fewer budgets, as a question takes ten times as long there."""
 
 
 def interval(full: NDArray[np.bool_], pruned: NDArray[np.bool_], seed: int, draws: int = 2000) -> tuple[float, float]:
@@ -177,67 +74,65 @@ def rows_of(
     return rows
 
 
-def sit(exam: Exam, suite: str, pruners: Mapping[tuple[float, str], Any], work: Work) -> dict[tuple[float, str], Taken]:
-    """Answers of every (ratio, method), from `work` where they are there already."""
-    taken = {}
-    for (ratio, name), pruner in pruners.items():
-        key = (suite, name, ratio, "" if pruner is None else described(pruner))
-        found = work.get(key)
-        if found is None:
-            started = time.perf_counter()
-            sitting = exam
-            if name == SMALLER:
-                small = partial(lambda grid, scene: shrunk(render(scene), *grid), smaller_grid(ratio * GRID * GRID))
-                sitting = Exam(exam.model, exam.processor, exam.prompts, small)
-            found = sitting.take(pruner)
-            work.put(key, *found)
-            seconds = time.perf_counter() - started
-            console.print(f"{suite}: {name} at {ratio:.1%}: {100 * found[0].mean():.1f}% right, {seconds:.0f} s")
-        taken[ratio, name] = found
-    return taken
-
-
 def examine(exam: Exam, suite: str, pruners: Mapping[tuple[float, str], Any], work: Work, seed: int) -> list[dict[str, Any]]:
     """All rows of one suite: unpruned, then every method at every ratio."""
-    rows = []
-    taken = sit(exam, suite, {(1.0, "unpruned"): None, **pruners}, work)
-    full = taken[1.0, "unpruned"][0]
+    layers = exam.model.config.get_text_config().num_hidden_layers
+    full, counts = work.take(exam, None, f"{suite}: unpruned")
+    base = {"method": "unpruned", "suite": suite, "keep_ratio": 1.0, "positions": "original", "schedule": "all"}
+    rows = rows_of(exam.prompts, full, full, seed, **base, **counts)
+    taken = {}
+    for (ratio, name), pruner in pruners.items():
+        sitting = at_budget(exam, ratio) if name == SMALLER else exam
+        taken[ratio, name] = work.take(sitting, pruner, f"{suite}: {name} at {ratio:.1%}")
     for (ratio, name), (right, counts) in taken.items():
-        own = pruners.get((ratio, name))
-        fields = {"method": name, "suite": suite, "keep_ratio": ratio, "schedule": "" if own is None else schedule(own)}
-        more = rows_of(exam.prompts, full, right, seed, **fields, **counts)
+        how = {"positions": positions_of(pruners[ratio, name]), "schedule": schedule_of(pruners[ratio, name], layers)}
+        more = rows_of(exam.prompts, full, right, seed, method=name, suite=suite, keep_ratio=ratio, **how, **counts)
         if (ratio, OURS) in taken and name != OURS:
             more[0] |= lead(full, taken[ratio, OURS][0], right, seed)
         rows += more
     return rows
 
 
+def at_budget(exam: Exam, ratio: float) -> Exam:
+    """The same questions about pictures shrunk to a budget."""
+    rows, columns = smaller_grid(ratio * GRID * GRID)
+    draw = partial(lambda grid, scene: shrunk(render(scene), *grid), (rows, columns))
+    return Exam(exam.model, exam.processor, exam.prompts, draw, f"{rows} x {columns}")
+
+
+def pruners_of(suite: str, args: argparse.Namespace, setting: Callable[[float], Setting]) -> dict[tuple[float, str], Any]:
+    """(ratio, method) -> pruner: what was asked for, else the suite's own methods and budgets, as far as there are any."""
+    methods = args.methods or [name for name, method in METHODS.items() if suite in method.suites]
+    ratios = args.ratios or RATIOS_OF.get(suite, RATIOS)
+    made = {(ratio, name): METHODS[name].make(setting(ratio)) for ratio in ratios for name in methods}
+    return {key: pruner for key, pruner in made.items() if pruner is not None}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--codebook", type=Path, help="folder of codebook/ and published/; default: of 240 scenes, built here")
-    parser.add_argument("--suites", nargs="+", choices=tuple(SUITES), default=list(SUITES))
-    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
-    parser.add_argument("--ratios", nargs="+", type=float, choices=RATIOS, default=list(RATIOS))
+    parser.add_argument("--codebook", type=Path, help="default: build one from 240 scenes of the codebook split")
+    parser.add_argument("--paper-codebook", type=Path, help="default: selected from the same scores; with --codebook: none")
+    parser.add_argument("--suites", nargs="+", choices=tuple(SUITES), help="default: all")
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), help="default: those of each suite")
+    parser.add_argument("--ratios", nargs="+", type=float, choices=RATIOS, help="default: all; of texts two")
     parser.add_argument("--questions", type=int, default=2016, help="a suite, spread evenly over its families")
     parser.add_argument("--split", default="test")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("runs/accuracy"), help="answers given so far")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/accuracy.json")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/accuracy.json; of a part: a file in --work")
     args = parser.parse_args()
     model, processor = load_model(str(CHECKPOINT))
-    folder = args.codebook / "codebook" if args.codebook else reference_codebook(args.work)
-    books = Codebook.from_pretrained(folder), Codebook.from_pretrained(folder.with_name("published"))
-    layers = model.config.get_text_config().num_hidden_layers
-    work = Work(args.work, codebook=folder, split=args.split, seed=args.seed, questions=args.questions)
-    rows = []
-    for suite in args.suites:
-        ratios = [r for r in args.ratios if suite != "text" or r in LONG_RATIOS]
-        names = rows_of_suite(suite, args.methods)
-        made = {(r, n): METHODS[n](Setting(*books, r, layers, args.seed)) for r in ratios for n in names}
-        pruners = {key: pruner for key, pruner in made.items() if pruner is not None}
+    codebook = Codebook.from_pretrained(args.codebook or reference_codebook(args.work))
+    if (folder := args.paper_codebook) is None and args.codebook is None:
+        folder = paper_codebook(args.work)
+    paper = folder and Codebook.from_pretrained(folder)
+    layers, work, rows = model.config.get_text_config().num_hidden_layers, Work(args.work), []
+    for suite in args.suites or SUITES:
         exam = Exam(model, processor, make_suite(suite, args.split, args.questions // len(SUITES[suite][1])))
+        pruners = pruners_of(suite, args, lambda ratio: Setting(codebook, ratio, layers, args.seed, paper))
         rows += examine(exam, suite, pruners, work, args.seed)
-    publish("accuracy", rows, args.seed, out=args.out)
+    part = args.work / f"part-{'-'.join(args.suites or SUITES)}.json" if args.suites or args.methods or args.ratios else None
+    publish("accuracy", rows, args.seed, out=args.out or part)
 
 
 if __name__ == "__main__":

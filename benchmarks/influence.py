@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.accuracy import reference_codebook
+from benchmarks.reference_codebook import reference_codebook
 from benchmarks.report import publish
 from codebook_builder.probe import Prober
 from codebook_prune import Codebook, load_model

@@ -1,14 +1,14 @@
 """Every pruning method the accuracy table compares, at a budget of layer-averaged visual tokens; a new one is one line.
 
-Methods before layer 0 keep `ratio` of each image's tokens, with their original positions where the row says nothing else.
-Methods inside the decoder let everything enter, so their schedule is solved for the same average over the layers; where no
-schedule reaches it, the method has no row there.
+Methods before layer 0 keep `ratio` of each image's tokens. Methods inside the decoder let everything enter, so their schedule
+is solved for the same average over the layers; where no schedule reaches it, the method has no row there. Positions are
+original where a row says nothing else; the exception is the paper's own codebook method, which is run as published.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import OURS
@@ -39,14 +39,13 @@ STAGES = 4
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method needs to be made: the codebook as the project builds it and with the published selection, the budget, the
-    decoder's depth and the seed."""
+    """What a method needs to be made: the codebook, the budget, the decoder's depth, the seed and the paper's own codebook."""
 
     codebook: Codebook
-    published: Codebook
     ratio: float
     layers: int
     seed: int
+    paper: Codebook | None = None
 
 
 Make = Callable[[Setting], Any]
@@ -78,19 +77,22 @@ def stage_ratio(average: float) -> float | None:
     return round(high, 6)
 
 
-def then_pyramid(setting: Setting, first: type[CodebookPruner | CodebookDiversityPruner]) -> Any:
-    """A codebook pruner, then PyramidDrop at its default ratio: the first keeps what makes the average the budget."""
+def then_pyramid(first: type[CodebookPruner | CodebookDiversityPruner], setting: Setting) -> Any:
+    """A method, then PyramidDrop at its default ratio: the first keeps what makes the average the budget."""
     entering = setting.ratio / (sum(0.5**k for k in range(STAGES)) / STAGES)
     if entering >= 1:
         return None
-    before = first(setting.codebook, keep_ratio=round(entering, 6), positions="original")
-    return before | PyramidPruner(positions="original")
+    return first(setting.codebook, keep_ratio=round(entering, 6), positions="original") | PyramidPruner(positions="original")
 
 
-def then_context(setting: Setting) -> Any:
-    """Ours, then half of the text in two steps, its question spared (arXiv 2410.19732)."""
-    before = CodebookDiversityPruner(setting.codebook, keep_ratio=setting.ratio, positions="original")
-    return before | ContextPruner(p=0.3, layers=2, protect_last=QUESTION)
+def ours(setting: Setting, positions: Positions = "original") -> Any:
+    """Our own method."""
+    return CodebookDiversityPruner(setting.codebook, keep_ratio=setting.ratio, positions=positions)
+
+
+def paper_exact(setting: Setting) -> Any:
+    """The published method, with the reference implementation's compact positions (arXiv 2503.20540)."""
+    return setting.paper and CodebookPruner(setting.paper, keep_ratio=setting.ratio)
 
 
 def smaller_picture(setting: Setting) -> Any:
@@ -101,57 +103,60 @@ def smaller_picture(setting: Setting) -> Any:
 
 QUESTION = 16
 """Tokens at the end of a prompt that hold its question and the template behind it."""
-METHODS: dict[str, Make] = {
-    "random": lambda s: RandomPruner(keep_ratio=s.ratio, seed=s.seed, positions="original"),
-    "uniform": lambda s: UniformPruner(keep_ratio=s.ratio, positions="original"),
-    "pool": lambda s: PoolPruner(keep_ratio=s.ratio, positions="original"),
-    SMALLER: smaller_picture,
-    "FastV": fastv,
-    "PyramidDrop": pyramid,
-    "EVS": lambda s: EVSPruner(keep_ratio=s.ratio, positions="original"),
-    "VisionZip": lambda s: VisionZipPruner(keep_ratio=s.ratio, positions="original"),
-    "DivPrune": lambda s: DivPrunePruner(keep_ratio=s.ratio, positions="original"),
-    "CDPruner": lambda s: CDPrunerPruner(keep_ratio=s.ratio, positions="original"),
-    "codebook": lambda s: CodebookPruner(s.codebook, keep_ratio=s.ratio, positions="original"),
-    OURS: lambda s: CodebookDiversityPruner(s.codebook, keep_ratio=s.ratio, positions="original"),
-    "codebook, published selection, compact positions": lambda s: CodebookPruner(s.published, keep_ratio=s.ratio),
-    "codebook, compact positions": lambda s: CodebookPruner(s.codebook, keep_ratio=s.ratio),
-    f"{OURS}, compact positions": lambda s: CodebookDiversityPruner(s.codebook, keep_ratio=s.ratio, positions="compact"),
-    "DivPrune, compact positions": lambda s: DivPrunePruner(keep_ratio=s.ratio),
-    "PyramidDrop, compact positions": lambda s: pyramid(s, "compact"),
-    "codebook | pyramid": lambda s: then_pyramid(s, CodebookPruner),
-    f"{OURS} | pyramid": lambda s: then_pyramid(s, CodebookDiversityPruner),
-    f"{OURS} | context": then_context,
+CONTEXT = ContextPruner(p=0.3, layers=2, protect_last=QUESTION)
+"""Behind a long text: the paper's rate, its question kept."""
+PICTURES = ("image", "images", "video")
+ALL = (*PICTURES, "text")
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method is made for a budget (None: it cannot meet it), and the suites it is compared on by default."""
+
+    make: Make
+    suites: tuple[str, ...] = PICTURES
+
+
+METHODS: dict[str, Method] = {
+    "random": Method(lambda s: RandomPruner(keep_ratio=s.ratio, seed=s.seed, positions="original"), ALL),
+    "uniform": Method(lambda s: UniformPruner(keep_ratio=s.ratio, positions="original"), ALL),
+    "pool": Method(lambda s: PoolPruner(keep_ratio=s.ratio, positions="original")),
+    SMALLER: Method(smaller_picture),
+    "FastV": Method(fastv, ALL),
+    "PyramidDrop": Method(pyramid),
+    "VisionZip": Method(lambda s: VisionZipPruner(keep_ratio=s.ratio, positions="original"), ALL),
+    "DivPrune": Method(lambda s: DivPrunePruner(keep_ratio=s.ratio, positions="original"), ALL),
+    "CDPruner": Method(lambda s: CDPrunerPruner(keep_ratio=s.ratio, positions="original"), ALL),
+    "EVS": Method(lambda s: EVSPruner(keep_ratio=s.ratio, positions="original"), ("video",)),
+    "codebook": Method(lambda s: CodebookPruner(s.codebook, keep_ratio=s.ratio, positions="original"), ALL),
+    "codebook, paper-exact": Method(paper_exact),
+    OURS: Method(ours, ALL),
+    "codebook, compact positions": Method(lambda s: CodebookPruner(s.codebook, keep_ratio=s.ratio, positions="compact")),
+    f"{OURS}, compact positions": Method(lambda s: ours(s, "compact")),
+    "DivPrune, compact positions": Method(lambda s: DivPrunePruner(keep_ratio=s.ratio, positions="compact")),
+    "PyramidDrop, compact positions": Method(lambda s: pyramid(s, "compact")),
+    "codebook | pyramid": Method(lambda s: then_pyramid(CodebookPruner, s)),
+    f"{OURS} | pyramid": Method(lambda s: then_pyramid(CodebookDiversityPruner, s), ALL),
+    f"{OURS} | context": Method(lambda s: ours(s) | CONTEXT, ("text",)),
 }
-"""Row -> its pruner, None where no schedule reaches the budget. Positions are the tokens' own where the row says nothing."""
-ONE_SUITE = {"EVS": "video", f"{OURS} | context": "text"}
-"""Rows of one suite only."""
-LONG = ("random", "uniform", "FastV", "VisionZip", "DivPrune", "CDPruner", "codebook", OURS, f"{OURS} | context")
-"""Rows of the suite of long texts, where an answer takes ten times as long."""
 
 
-def rows_of_suite(suite: str, names: Sequence[str]) -> list[str]:
-    """Which of the rows `names` a suite has."""
-    return [n for n in names if ONE_SUITE.get(n, suite) == suite and (suite != "text" or n in LONG)]
+def positions_of(pruner: Any) -> str:
+    """How a pruner, or a chain's members one after the other, number what they keep."""
+    return " | ".join(dict.fromkeys(p.positions for p in (pruner.pruners if isinstance(pruner, PrunerChain) else (pruner,))))
 
 
-def described(pruner: Any) -> str:
-    """All that decides what a pruner does, the same in every process: its fields, codebooks by what is in them."""
+def schedule_of(pruner: Any, layers: int) -> str:
+    """What a pruner keeps from which of `layers` layers on, of what entered the first one of its chain's member."""
     if isinstance(pruner, PrunerChain):
-        return " | ".join(map(described, pruner.pruners))
-    values = {f.name: getattr(pruner, f.name) for f in fields(pruner) if f.init}
-    shown = (f"{k}={_content(v) if isinstance(v, Codebook) else repr(v)}" for k, v in values.items())
-    return f"{type(pruner).__name__}({', '.join(shown)})"
-
-
-def _content(codebook: Codebook) -> str:
-    return codebook.manifest.files["prototypes.safetensors"].sha256
-
-
-def schedule(pruner: Any) -> str:
-    """Where a pruner drops what, in a few words, and how it numbers positions: for the table."""
-    if isinstance(pruner, PrunerChain):
-        return " | ".join(map(schedule, pruner.pruners))
-    names = ("keep_ratio", "layer", "ratio", "p", "layers", "protect_last", "positions")
-    found = {name: value for name in names if (value := getattr(pruner, name, None)) is not None}
-    return ", ".join(f"{name} {value}" for name, value in found.items())
+        return " | ".join(schedule_of(p, layers) for p in pruner.pruners)
+    if isinstance(pruner, CornerPruner):
+        return f"{pruner.rows} x {pruner.columns} from layer 0"
+    if isinstance(pruner, FastVPruner):
+        return f"{pruner.keep_ratio:.4g} from layer {pruner.layer}"
+    if isinstance(pruner, PyramidPruner):
+        shares = zip(pruner.fractions, pruner.boundaries(layers), strict=True)
+        return ", ".join(f"{float(share):.4g} from layer {layer}" for share, layer in shares)
+    if isinstance(pruner, ContextPruner):
+        return f"{pruner.p} of the text that is left goes in front of layers {', '.join(map(str, pruner.plan(layers)))}"
+    return f"{pruner.keep_ratio:.4g} from layer 0"

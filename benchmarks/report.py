@@ -48,7 +48,7 @@ def envelope(rows: Sequence[Row], seed: int) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")}
         | {"python": platform.python_version()},
         "seed": seed,
-        "command": f"python -m benchmarks.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}".strip(),
+        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "rows": [dict(row) for row in rows],
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,25 @@ from reference_vlm.scenes import make_scene, render
 
 
 def write_scene_shards(
-    folder: Path, *, images: int = 240, per_shard: int = 40, split: str = "codebook", background: str | None = None
+    folder: Path, *, images: int = 240, per_shard: int = 40, split: str = "codebook", backgrounds: Sequence[str] = ()
 ) -> list[Path]:
-    """Write full-size scenes 0 .. `images` of a split as PNG into `folder`/scenes-00000.tar and so on; returns the paths."""
+    """Write full-size scenes 0 .. `images` of a split as PNG into `folder`/scenes-00000.tar and so on; returns the paths.
+
+    `backgrounds`: take turns with these; none: every scene draws its own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number, start in enumerate(range(0, images, per_shard)):
         path = folder / f"scenes-{number:05d}.tar"
-        write_shard(path, _samples(split, range(start, min(images, start + per_shard)), background))
+        write_shard(path, _samples(split, range(start, min(images, start + per_shard)), backgrounds))
         paths.append(path)
     return paths
 
 
-def _samples(split: str, indices: range, background: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+def _samples(split: str, indices: range, backgrounds: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     for index in indices:
         buffer = io.BytesIO()
+        background = backgrounds[index % len(backgrounds)] if backgrounds else None
         render(make_scene(split, index, background=background)).save(buffer, format="PNG")
         yield f"{split}-{index:06d}", {"png": buffer.getvalue()}
 

@@ -10,12 +10,14 @@ import pytest
 import torch
 from codebook_folder import write_codebook
 
-from benchmarks import OURS, accuracy
-from benchmarks.accuracy import Exam, Work, interval, lead
-from benchmarks.methods import METHODS, Setting, described, rows_of_suite, schedule, stage_ratio
-from codebook_prune import Codebook, CodebookPruner, PyramidPruner, RandomPruner
+from benchmarks import OURS
+from benchmarks.accuracy import examine, interval, lead
+from benchmarks.answers import Work
+from benchmarks.exam import Exam
+from benchmarks.methods import METHODS, Setting, positions_of, schedule_of, stage_ratio
+from codebook_prune import Codebook
 from reference_vlm.evaluate import answers, is_right
-from reference_vlm.suites import make_suite
+from reference_vlm.suites import SUITES, make_suite
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +35,13 @@ def codebook(reference: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_spend_the_same_average(name: str, ratio: float, exam: Exam, codebook: Codebook) -> None:
     layers = exam.model.config.get_text_config().num_hidden_layers
-    pruner = METHODS[name](Setting(codebook, codebook, ratio, layers, 0))
+    pruner = METHODS[name].make(Setting(codebook, ratio, layers, 0, codebook))
     if pruner is None:  # nothing it could do costs so little
-        assert name == "FastV" or "PyramidDrop" in name or name.endswith("| pyramid")
+        assert "pyramid" in name.lower() or name == "FastV"
         assert ratio < 0.5 or name.endswith("| pyramid")
         return
-    assert ("compact" in schedule(pruner)) == (name.endswith("compact positions") or name == "smaller picture")
+    assert ("compact" in positions_of(pruner)) == ("compact" in name or "paper" in name)
+    assert schedule_of(pruner, layers)
     _, counts = exam.take(pruner)
     assert counts["tokens_entering"] >= counts["tokens_final"]
     assert counts["tokens_layer_avg"] == pytest.approx(144 * ratio, abs=3 if name == "smaller picture" else 1)
@@ -60,56 +63,34 @@ def test_encoding_images_once_changes_no_answer(reference: tuple[Any, Any]) -> N
     assert counts["tokens_final"] == 144
 
 
-def test_work_is_kept_by_everything_it_depends_on(tmp_path: Path) -> None:
-    right = np.array([True, False, True])
-    book = tmp_path / "book"
-    book.mkdir()
-    (book / "manifest.json").write_text("{}")
-    key = ("image", "random", 0.5, described(RandomPruner(keep_ratio=0.5)))
-    Work(tmp_path, book, seed=0).put(key, right, {"tokens_final": 72.0})
-    found = Work(tmp_path, book, seed=0).get(key)
-    assert found is not None
-    assert found[0].tolist() == right.tolist()
-    assert found[1] == {"tokens_final": 72.0}
-    assert Work(tmp_path, book, seed=0).get((*key[:3], described(RandomPruner(keep_ratio=0.5, seed=1)))) is None
-    assert Work(tmp_path, book, seed=1).get(key) is None
-    (book / "manifest.json").write_text("{ }")
-    assert Work(tmp_path, book, seed=0).get(key) is None
+def test_schedules_are_told(codebook: Codebook) -> None:
+    def told(name: str, ratio: float) -> str:
+        return schedule_of(METHODS[name].make(Setting(codebook, ratio, 8, 0)), 8)
+
+    assert told("DivPrune", 0.22) == "0.22 from layer 0"
+    assert told("FastV", 0.5) == "0.3333 from layer 2"
+    assert told("PyramidDrop", 0.5).endswith(" from layer 6")
+    assert told(f"{OURS} | pyramid", 0.22) == "0.4693 from layer 0 | 0.5 from layer 2, 0.25 from layer 4, 0.125 from layer 6"
+    assert told(f"{OURS} | context", 0.22).startswith("0.22 from layer 0 | 0.3 of the text")
 
 
-def test_answers_of_other_code_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "manifest.json").write_text("{}")
-    (tmp_path / "rule.py").write_text("keep = 1")
-    monkeypatch.setattr(accuracy, "CODE", (*accuracy.CODE, "rule.py"))
-    monkeypatch.setattr(accuracy, "ROOT", tmp_path)
-    names = []
-    for text in ("keep = 1", "keep = 1", "keep = 2"):
-        (tmp_path / "rule.py").write_text(text)
-        names.append(Work(tmp_path, tmp_path).path.name)
-    assert names[0] == names[1] != names[2]
+def test_every_suite_has_methods_and_ours_among_them() -> None:
+    for suite in SUITES:
+        assert OURS in [name for name, method in METHODS.items() if suite in method.suites]
+    assert all(set(method.suites) <= set(SUITES) for method in METHODS.values())
 
 
-def test_all_code_an_answer_depends_on_is_there() -> None:
-    for pattern in accuracy.CODE:
-        assert list(accuracy.ROOT.glob(pattern)), pattern
-
-
-def test_a_pruner_is_described_by_all_that_it_does(codebook: Codebook) -> None:
-    chain = CodebookPruner(codebook, keep_ratio=0.5) | PyramidPruner()
-    assert described(chain) == described(CodebookPruner(codebook, keep_ratio=0.5) | PyramidPruner())
-    assert "0x" not in described(chain)
-    changed = (
-        CodebookPruner(codebook, keep_ratio=0.5, min_keep=2),
-        CodebookPruner(codebook, keep_ratio=0.5, positions="original"),
-    )
-    assert len({described(pruner) for pruner in (chain, chain.pruners[0], *changed)}) == 4
-
-
-def test_long_texts_have_fewer_rows_and_some_rows_one_suite() -> None:
-    names = {suite: set(rows_of_suite(suite, tuple(METHODS))) for suite in ("image", "images", "video", "text")}
-    assert names["image"] == names["images"] == names["video"] - {"EVS"}
-    assert names["text"] - names["image"] == {f"{OURS} | context"}
-    assert len(names["text"]) < len(names["image"]) / 1.5
+def test_a_suite_is_examined_row_by_row(exam: Exam, codebook: Codebook, tmp_path: Path) -> None:
+    pruners = {(0.22, name): METHODS[name].make(Setting(codebook, 0.22, 8, 0)) for name in ("smaller picture", OURS)}
+    rows = examine(exam, "image", pruners, Work(tmp_path), 0)
+    families = 1 + len(SUITES["image"][1])
+    assert [r["method"] for r in rows[::families]] == ["unpruned", "smaller picture", OURS]
+    assert [r["family"] for r in rows[:families]] == ["overall", *SUITES["image"][1]]
+    assert "ours_ahead" in rows[families]
+    assert rows[-1]["positions"] == "original"
+    stored = (work := Work(tmp_path)).path.read_text()
+    assert examine(exam, "image", pruners, work, 0) == rows
+    assert work.path.read_text() == stored  # nothing was asked again
 
 
 def test_interval_holds_the_ratio_and_shrinks_with_agreement() -> None:

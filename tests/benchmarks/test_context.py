@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from codebook_folder import write_codebook
 
-from benchmarks.ablation import VARIANTS, pruner_of, settings_of
+from benchmarks.ablation import VARIANTS, pruner_of, questions_about, settings_of
 from benchmarks.context import blank, prompts_of, rows_to_run
 from codebook_prune import Codebook, RateCurve
 from codebook_schemas import BuildConfig
@@ -35,9 +35,11 @@ def test_blank_images_show_nothing() -> None:
 
 
 def test_every_row_of_the_context_table_can_run(tmp_path: Path, reference: tuple[Any, Any]) -> None:
-    methods = rows_to_run(codebook_in(tmp_path, reference[0]), 8, RateCurve(0, 0, 0.1))
-    assert "context p=0.3 N=2" in methods
-    assert "codebook 22% | context p=0.3" in methods
+    codebook = codebook_in(tmp_path, reference[0])
+    methods = rows_to_run(codebook, RateCurve(0, 0, 0.1))
+    assert {f"context p=0.3 N={n}" for n in (2, 3, 4)} <= set(methods)
+    assert "codebook and diversity 22% | context p=0.3" in methods
+    assert set(methods) - set(rows_to_run(codebook, None)) == {"context, fitted rate"}
 
 
 def test_every_variant_differs_and_is_valid(tmp_path: Path, reference: tuple[Any, Any]) -> None:
@@ -45,5 +47,22 @@ def test_every_variant_differs_and_is_valid(tmp_path: Path, reference: tuple[Any
     seen = set()
     for variant in VARIANTS:
         config = BuildConfig.parse(settings_of(variant, [Path("a.tar")]))
-        seen.add((config.content_hash, variant.images, variant.background, str(pruner_of(variant, codebook, 0.22))))
+        pruner = str(pruner_of(variant, codebook, 0.22))
+        seen.add((config.content_hash, variant.images, variant.backgrounds, variant.asked, variant.rounded, pruner))
     assert len(seen) == len(VARIANTS)
+
+
+def test_a_codebook_of_some_backgrounds_is_asked_about_others_beside_one_of_all() -> None:
+    named = {variant.name: variant for variant in VARIANTS}
+    for style in ("plain", "clutter"):
+        others = named[f"codebook of {style} only, asked about others"]
+        only = named[f"codebook without {style}, asked about {style}"]
+        for variant, baseline in (
+            (others, named[f"codebook of all backgrounds, asked about others than {style}"]),
+            (only, named[f"codebook of all backgrounds, asked about {style}"]),
+        ):
+            assert not set(variant.backgrounds) & set(variant.asked)
+            assert (baseline.images, baseline.asked, baseline.backgrounds) == (variant.images, variant.asked, ())
+            prompts = questions_about(variant.asked, 16)
+            assert {p.scene.background for p in prompts} <= set(variant.asked)
+            assert [p.question.family for p in prompts] == [f for f in SUITES["image"][1] for _ in range(2)]
