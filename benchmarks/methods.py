@@ -2,7 +2,8 @@
 
 Methods before layer 0 keep `ratio` of each image's tokens. Methods inside the decoder let everything enter, so their schedule
 is solved for the same average over the layers; where no schedule reaches it, the method has no row there. Positions are
-original where a row says nothing else; the exception is the paper's own codebook method, which is run as published.
+original where a row says nothing else, with two exceptions: the paper's own codebook method is run as published, and a smaller
+picture is numbered as any picture of its size would be.
 """
 
 from __future__ import annotations

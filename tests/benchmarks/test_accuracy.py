@@ -14,7 +14,7 @@ from benchmarks import OURS
 from benchmarks.accuracy import examine, interval, lead
 from benchmarks.answers import Work
 from benchmarks.exam import Exam
-from benchmarks.methods import METHODS, Setting, positions_of, schedule_of, stage_ratio
+from benchmarks.methods import METHODS, SMALLER, Setting, positions_of, schedule_of, stage_ratio
 from codebook_prune import Codebook
 from reference_vlm.evaluate import answers, is_right
 from reference_vlm.suites import SUITES, make_suite
@@ -40,11 +40,11 @@ def test_methods_spend_the_same_average(name: str, ratio: float, exam: Exam, cod
         assert "pyramid" in name.lower() or name == "FastV"
         assert ratio < 0.5 or name.endswith("| pyramid")
         return
-    assert ("compact" in positions_of(pruner)) == ("compact" in name or "paper" in name)
+    assert ("compact" in positions_of(pruner)) == ("compact" in name or name in (SMALLER, "codebook, paper-exact"))
     assert schedule_of(pruner, layers)
     _, counts = exam.take(pruner)
     assert counts["tokens_entering"] >= counts["tokens_final"]
-    assert counts["tokens_layer_avg"] == pytest.approx(144 * ratio, abs=3 if name == "smaller picture" else 1)
+    assert counts["tokens_layer_avg"] == pytest.approx(144 * ratio, abs=3 if name == SMALLER else 1)
 
 
 def test_stage_ratio_solves_its_equation() -> None:
@@ -81,10 +81,10 @@ def test_every_suite_has_methods_and_ours_among_them() -> None:
 
 
 def test_a_suite_is_examined_row_by_row(exam: Exam, codebook: Codebook, tmp_path: Path) -> None:
-    pruners = {(0.22, name): METHODS[name].make(Setting(codebook, 0.22, 8, 0)) for name in ("smaller picture", OURS)}
+    pruners = {(0.22, name): METHODS[name].make(Setting(codebook, 0.22, 8, 0)) for name in (SMALLER, OURS)}
     rows = examine(exam, "image", pruners, Work(tmp_path), 0)
     families = 1 + len(SUITES["image"][1])
-    assert [r["method"] for r in rows[::families]] == ["unpruned", "smaller picture", OURS]
+    assert [r["method"] for r in rows[::families]] == ["unpruned", SMALLER, OURS]
     assert [r["family"] for r in rows[:families]] == ["overall", *SUITES["image"][1]]
     assert "ours_ahead" in rows[families]
     assert rows[-1]["positions"] == "original"
