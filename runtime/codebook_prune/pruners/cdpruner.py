@@ -20,11 +20,12 @@ TINY = 1e-6
 
 @dataclass(frozen=True)
 class CDPrunerPruner(Pruner):
-    """Greedy MAP of a determinantal point process with the kernel r_i * cosine(i, j) * r_j, for every image by itself.
+    """Greedy MAP of a determinantal point process with the kernel r_i * cosine(i, j) * r_j, for every image, crop or frame.
 
     The paper takes the relevance r from CLIP's text tower. A loaded vision-language model has none, so here it is, as in
     OpenVINO's version, the mean cosine of a token to the input embeddings of all text tokens of its prompt (template
-    included), scaled to (0, 1] over the image. The kept tokens depend on the question: prefix caches of the image are lost.
+    included), scaled to (0, 1] over these (the published code scales over all crops together). The kept tokens depend on the
+    question: prefix caches of the image are lost.
 
     Args:
         theta: None: r as it is (the paper). In [0, 1): exp(a * r) with a = theta / (2 - 2 * theta), which says how much

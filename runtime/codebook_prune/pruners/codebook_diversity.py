@@ -19,7 +19,7 @@ from codebook_schemas import UserError
 
 @dataclass(frozen=True)
 class CodebookDiversityPruner(Pruner):
-    """First go the tokens that the codebook recognises, then the budget is filled with tokens that differ from each other.
+    """The budget is filled with tokens that differ from each other; the codebook holds back those it recognises.
 
     Ranking by redundancy alone keeps near-duplicates and loses coverage. Here the least redundant token is kept first, then
     always the one with the largest (1 - redundancy) ** strength * its distance to the nearest kept token: greedy max-min

@@ -18,7 +18,8 @@ class DivPrunePruner(Pruner):
     """Greedy max-min of 1 - cosine between the embeddings that enter the LLM: no scores, no question, no prototypes.
 
     First the token whose nearest other token is farthest, then always the one whose nearest chosen token is farthest. Each
-    image is chosen from by itself. `centered=True` compares the tokens after subtracting their image's mean, which is half of
+    image, each crop of one and each frame of a video is chosen from by itself, newlines left out (the published code chooses
+    over all crops and newlines together). `centered=True` compares the tokens after subtracting their mean, which is half of
     what Cen-Prune adds to DivPrune (its other half, a weight by distinctiveness, is not here).
     """
 

@@ -17,7 +17,7 @@ from codebook_schemas import UserError
 
 @dataclass(frozen=True)
 class VisionZipPruner(Pruner):
-    """Works at the encoder's feature layer, before the connector; the question plays no part.
+    """Works at the encoder's feature layer, before the connector; the question plays no part. LLaVA-1.5 type models only.
 
     Dominant tokens are those that [CLS] attends to most, and [CLS] itself (without a [CLS]: those that get most attention from
     all tokens). Of the others, evenly spaced ones become contextual: to each is added the mean of the dropped tokens whose key,
