@@ -35,6 +35,7 @@ bench: $(STAMP)  ## run the benchmarks, write benchmarks/results/*.json and the 
 	$(BIN)/python -m benchmarks.whole_builds
 	$(BIN)/python -m benchmarks.selection
 	$(BIN)/python -m benchmarks.runtime
+	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m benchmarks.exactness
 	$(BIN)/python -m benchmarks.reliability hostile
 	$(BIN)/python -m benchmarks.reliability soak

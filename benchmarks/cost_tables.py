@@ -84,6 +84,19 @@ def one_pass(row: Row) -> list[str]:
     return [name, *cells, f"{row['prune_ms']:.2f}", f"{row['prune_percent_of_prefill']:.1f}%"]
 
 
+def throughput(name: str, report: Report) -> str:
+    """Requests a second by batch: for every model and batch one line, methods side by side."""
+    rows = report["rows"]
+    methods = list(dict.fromkeys((r["method"], r["keep_ratio"]) for r in rows))
+    head = ["requests a second", *(m if ratio == 1 else f"{m} {share(ratio)}" for m, ratio in methods)]
+    body = []
+    for case in dict.fromkeys((r["model"], r["visual_tokens"], r["batch"]) for r in rows):
+        own = {(r["method"], r["keep_ratio"]): r for r in rows if (r["model"], r["visual_tokens"], r["batch"]) == case}
+        cells = [f"{r['requests_per_s']:.1f} ({r['requests_ratio']:.2f} x)" for r in map(own.__getitem__, methods)]
+        body.append([f"{case[0]}, {case[1]} visual tokens, batch {case[2]}", *cells])
+    return f"### Requests a second\n\n{table(head, body)}\n\nIn brackets: of unpruned. From {origin(name, report)}"
+
+
 def probing_cases(report: Report) -> dict[str, list[Row]]:
     """Case -> its rows, (a) to (d)."""
     cases: dict[str, list[Row]] = {}

@@ -50,9 +50,12 @@ def limits(suite: Suite) -> str:
 
 
 def speeds() -> str:
-    """The runtime tables, of the CPU and, where one was measured, of a GPU."""
-    reports = {name: load_if_there(name) for name in ("runtime", "runtime.gpu")}
-    return "\n\n".join(cost_tables.speed(name, report) for name, report in reports.items() if report)
+    """The tables of runtime and throughput, of the CPU and, where one was measured, of a GPU."""
+    parts = []
+    for name, write in (("runtime", cost_tables.speed), ("throughput", cost_tables.throughput)):
+        reports = {full: load_if_there(full) for full in (name, f"{name}.gpu")}
+        parts += [write(full, report) for full, report in reports.items() if report]
+    return "\n\n".join(parts)
 
 
 def pages() -> dict[Path, str]:
