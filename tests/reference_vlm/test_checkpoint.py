@@ -100,7 +100,7 @@ def test_its_answers_hang_on_the_objects_tokens(reference: tuple[Any, Any]) -> N
 def test_training_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(name: str) -> None:
         settings = {"vision_steps": 2, "steps": 3, "budget": 400, "lr": 1e-3, "width": 64, "device": "cpu"}
-        train(Namespace(out=tmp_path / name, compiled=False, start=None, **settings))
+        train(Namespace(out=tmp_path / name, compiled=False, start=None, first=0, **settings))
 
     run("whole")
     saved = Stage.save

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import Any
@@ -52,7 +53,9 @@ def test_a_soak_sees_what_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     hoard, some_pruner = list[object](), soak.some_pruner
 
     def leaking(*arguments: Any) -> Any:
-        hoard.append((torch.ones(1 << 17), [[] for _ in range(10)]))
+        page = mmap.mmap(-1, 1 << 19)  # not from a heap that may still hold freed memory
+        page.write(bytes([1]) * (1 << 19))
+        hoard.append((page, [[] for _ in range(10)]))
         return some_pruner(*arguments)
 
     monkeypatch.setattr(soak, "some_pruner", leaking)

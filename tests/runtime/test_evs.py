@@ -54,7 +54,7 @@ def by_hand(tokens: VisualTokens, threshold: float | None) -> list[float | None]
 
 
 def kept_of(pruner: EVSPruner, *items: VisualTokens) -> list[Tensor]:
-    kept = pruner.keep_each(items, pruner.budget.per_image([0] * len(items), 1))
+    kept = pruner.keep_each(items, pruner.budget.per_image([0] * len(items), torch.ones(1, 1)))
     return [
         torch.ones(len(tokens.embeddings), dtype=torch.bool) if one is None else one.mask
         for one, tokens in zip(kept, items, strict=True)

@@ -226,8 +226,8 @@ def test_tokens_left_over_are_refused() -> None:
 
 def test_the_matrix_holds_every_family() -> None:
     assert {family.model.config.model_type for family in SDPA} | {"gemma3"} == set(families())  # that is in test_gemma3.py
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert all(f"`{name}`" in readme for name in families())
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    assert all(f"`{name}`" in page for name in families())
 
 
 def test_grids_are_shared_unchanged_and_outlive_inference_mode() -> None:
