@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.timing import busy
 from codebook_builder.costs import DecoderCost
 from codebook_builder.divergence import divergence, top1_probability
 from codebook_builder.prompt import ablation_embedding, split_prompt
@@ -41,7 +42,9 @@ class PlainProber:
         self.model, self.processor, self.config, self.adapter = model, processor, config, adapter_for(model)
         prompt = split_prompt(self.adapter, processor, config, Image.new("RGB", (64, 64)))
         embed = model.get_input_embeddings()
-        self.head, self.tail, self.ablated = embed(prompt.prefix), embed(prompt.suffix), ablation_embedding(model, processor)
+        self.device = embed.weight.device
+        self.head, self.tail = (embed(ids.to(self.device)) for ids in (prompt.prefix, prompt.suffix))
+        self.ablated = ablation_embedding(model, processor)
         self.cost = DecoderCost.of(self.adapter.decoder, model.get_output_embeddings(), trimmed=False)
         self.spent = Spent()
 
@@ -52,9 +55,9 @@ class PlainProber:
     def encode(self, image: Image.Image) -> Tensor:
         """Visual tokens [n, d]; only the vision tower and connector count as model time."""
         inputs = split_prompt(self.adapter, self.processor, self.config, image).inputs
-        started = time.process_time()
+        started = busy(self.device)
         visual = self.adapter.encode(inputs).embeddings
-        self.spent.model += time.process_time() - started
+        self.spent.model += busy(self.device) - started
         return visual
 
     @torch.inference_mode()
@@ -71,7 +74,7 @@ class PlainProber:
 
         def ask(rows: Tensor) -> Tensor:
             ends = torch.arange(first).expand(len(rows), -1), torch.arange(gone + 1, len(table)).expand(len(rows), -1)
-            return self.answers(image, table, torch.cat([ends[0], rows, ends[1]], 1))
+            return self.answers(image, table, torch.cat([ends[0], rows, ends[1]], 1).to(self.device))
 
         own = torch.from_numpy(token)[:, None] + first
         whole = torch.arange(first, gone).expand(len(token), -1)
@@ -86,11 +89,11 @@ class PlainProber:
             key=key,
             token=token.astype(np.int32),
             position=position,
-            top1_prob=single.numpy(),
-            region_divergence=region.numpy(),
-            global_divergence=moved.numpy(),
+            top1_prob=single.float().cpu().numpy(),
+            region_divergence=region.float().cpu().numpy(),
+            global_divergence=moved.float().cpu().numpy(),
             cls_similarity=None,
-            embeddings=visual[token].float().numpy(),
+            embeddings=visual[token].float().cpu().numpy(),
         )
 
 
@@ -122,12 +125,13 @@ class GenerateEach(PlainProber):
         for run in runs:
             if self.encode_each:
                 self.encode(image)
-            started = time.process_time()
+            started = busy(self.device)
+            mask = torch.ones(1, len(run), dtype=torch.long, device=self.device)
             out = self.model.generate(
-                inputs_embeds=table[run][None], attention_mask=torch.ones(1, len(run), dtype=torch.long), do_sample=False,
+                inputs_embeds=table[run][None], attention_mask=mask, do_sample=False,
                 max_new_tokens=self.new_tokens, output_logits=True, return_dict_in_generate=True,
             )  # fmt: skip
-            self.spent.model += time.process_time() - started
+            self.spent.model += busy(self.device) - started
             self.spent.flops += self.cost.run(0, len(run))
             self.spent.flops += sum(self.cost.run(len(run) + i, 1) for i in range(len(out.logits) - 1))
             yield out.logits[0]
@@ -142,11 +146,11 @@ class BatchedApart(PlainProber):
 
     def answers(self, image: Image.Image, table: Tensor, runs: Tensor) -> Tensor:
         """See `PlainProber.answers`."""
-        started = time.process_time()
+        started = busy(self.device)
         found = []
         for part in torch.split(runs, max(1, self.budget // runs.shape[1])):
             hidden = self.adapter.decoder(inputs_embeds=table[part], use_cache=False).last_hidden_state[:, -1]
             found.append(self.model.get_output_embeddings()(hidden))
-        self.spent.model += time.process_time() - started
+        self.spent.model += busy(self.device) - started
         self.spent.flops += len(runs) * self.cost.run(0, runs.shape[1])
         return torch.cat(found)

@@ -26,6 +26,15 @@ def now() -> float:
     return 1000 * time.perf_counter()
 
 
+def busy(device: torch.device) -> float:
+    """Seconds that work took so far: CPU seconds of this process, which other load disturbs least; on a GPU those of the
+    clock, the device waited for."""
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def milliseconds(work: Callable[[], Any]) -> float:
     """Wall clock of one call."""
     started = now()

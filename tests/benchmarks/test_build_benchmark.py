@@ -28,6 +28,15 @@ def test_every_way_does_less() -> None:
     assert [row["experiments_skipped"] > 0 for row in rows] == [False] * 4 + [True]
 
 
+def test_in_half_precision_agreement_is_reported_and_ways_may_be_left_out() -> None:
+    model = tiny_llava().bfloat16()
+    rows = compare(replace(CASE, model=model, without=(build.PUBLISHED,)))
+    assert [row["variant"] for row in rows] == [row["variant"] for row in compare(CASE)][1:]
+    assert all(row["ratio_to_naive"] is None for row in rows)
+    assert rows[0]["agreement"] == 1.0
+    assert all(0 < row["agreement"] <= 1 for row in rows)
+
+
 def test_another_set_of_tokens_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     real = build.spend
 
