@@ -99,17 +99,17 @@ class ReadOut:
         self.tokens_computed = self.rows_computed = self.memory_splits = 0
         self.flops = 0.0
 
-    def extend(self, prefix: SharedPrefix | None, length: int, table: Table, run: Runs) -> tuple[SharedPrefix, Tensor]:
+    def extend(self, prefix: SharedPrefix | None, length: int, table: Table, run: Runs) -> tuple[SharedPrefix | None, Tensor]:
         """Do one run [1, q] behind the first `length` positions of `prefix` (None: from nothing).
 
         Returns:
-            The prefix grown to length + q positions, and the last position's logits [1, V].
+            The prefix grown to length + q positions (None: this kind shares nothing), and the last position's logits [1, V].
         """
         out = self._run(table, run.to(table.embeddings.device), None if prefix is None else prefix.growing(length))
         self._count(length, *run.index.shape)
         return SharedPrefix(out.past_key_values), self._head(out.last_hidden_state[:, -1])
 
-    def logits(self, prefix: SharedPrefix, length: int, table: Table, runs: Runs) -> Iterator[tuple[slice, Tensor]]:
+    def logits(self, prefix: SharedPrefix | None, length: int, table: Table, runs: Runs) -> Iterator[tuple[slice, Tensor]]:
         """Last-position logits of runs [m, q] over a table, behind `length` prefix positions.
 
         Yields (rows, logits [rows, V]) a batch at a time and in order, so that no more than a batch's logits are ever held.
@@ -124,7 +124,7 @@ class ReadOut:
             first += len(part.index)
 
     def _attempt(
-        self, prefix: SharedPrefix, length: int, table: Table, runs: Runs, first: int
+        self, prefix: SharedPrefix | None, length: int, table: Table, runs: Runs, first: int
     ) -> Iterator[tuple[slice, Tensor]]:
         # A batch shape that once failed is halved at once the next time, exactly as it was after failing; other shapes are
         # still tried. So how an image is batched, and every bit of its scores, does not depend on the images before it.
@@ -146,8 +146,8 @@ class ReadOut:
             yield from self._attempt(prefix, length, table, half, first)
             first += len(half.index)
 
-    def _forward(self, prefix: SharedPrefix, length: int, table: Table, runs: Runs) -> Tensor:
-        out = self._run(table, runs, prefix.rows(length, len(runs.index)))
+    def _forward(self, prefix: SharedPrefix | None, length: int, table: Table, runs: Runs) -> Tensor:
+        out = self._run(table, runs, None if prefix is None else prefix.rows(length, len(runs.index)))
         logits: Tensor = self._head(out.last_hidden_state[:, -1])
         self._count(length, *runs.index.shape)
         return logits
@@ -161,3 +161,25 @@ class ReadOut:
         self.rows_computed += rows
         self.tokens_computed += rows * computed
         self.flops += rows * self._cost.run(shared, computed)
+
+
+class ApartReadOut(ReadOut):
+    """The same where image tokens see each other (Gemma 3): what stands before an ablated token changes with it, so nothing is
+    shared. Every run begins with the prompt's first token, `prefix` and `length` are not looked at, and `Table.visual` says
+    which columns are an image's."""
+
+    def extend(self, prefix: SharedPrefix | None, length: int, table: Table, run: Runs) -> tuple[None, Tensor]:
+        """See `ReadOut.extend`."""
+        return None, self._forward(None, 0, table, run.to(table.embeddings.device))
+
+    def _forward(self, prefix: SharedPrefix | None, length: int, table: Table, runs: Runs) -> Tensor:
+        return super()._forward(None, 0, table, runs)
+
+    def _run(self, table: Table, runs: Runs, cache: Any) -> Any:
+        if table.visual is None:
+            raise ValueError("the table does not say which rows are visual")
+        types = table.visual[runs.index]
+        call = {"inputs_embeds": table.embeddings[runs.index], "attention_mask": torch.ones_like(types, dtype=torch.bool)}
+        return self._decoder(
+            inputs_embeds=call["inputs_embeds"], attention_mask=self._adapter.masks(call, types.long()), use_cache=False
+        )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from codebook_builder.costs import ProbeCounters, Work, measured_peak
 from codebook_builder.divergence import Candidates, top1_probability
-from codebook_builder.forward import ReadOut, SharedPrefix, last_position_only
+from codebook_builder.forward import ApartReadOut, ReadOut, SharedPrefix, last_position_only
 from codebook_builder.prompt import SplitPrompt, ablation_embedding, plain_prompt, split_prompt
 from codebook_builder.runs import ImageRuns, Runs, Table, grids, text_runs
 from codebook_builder.sampling import sample_tokens
@@ -27,7 +27,7 @@ from codebook_builder.scores import Floats, ImageScores
 from codebook_builder.vision import IMAGES_AT_ONCE, encoded
 from codebook_prune.adapters.loading import adapter_for
 from codebook_prune.visual_tokens import VisualTokens
-from codebook_schemas import ProbeConfig, UserError
+from codebook_schemas import ProbeConfig
 
 AUTO_BUDGET = {"cpu": 2048, "cuda": 16_384}
 """Positions in a batch for `tokens_per_batch: auto`: on a CPU activations should stay in its cache, a GPU wants large products.
@@ -39,10 +39,10 @@ class OneImage:
     """What the experiments of one image share: the text before it and how many positions of that count, the table of
     embeddings (see `runs`), and, once it was run, the whole image."""
 
-    chat: SharedPrefix
+    chat: SharedPrefix | None
     length: int
     table: Table
-    whole: tuple[SharedPrefix, Tensor] | None = None
+    whole: tuple[SharedPrefix | None, Tensor] | None = None
 
 
 class Prober:
@@ -61,21 +61,21 @@ class Prober:
             seed: shifts the raster sample.
 
         Raises:
-            UserError: as `plain_prompt`; unsupported model type, or a decoder without full, causal attention.
+            UserError: as `plain_prompt`; unsupported model type,.
         """
         self.counters = ProbeCounters()
         self._config, self._processor, self._seed = config, processor, seed
         self._thresholds = thresholds if config.cascade else None
         self._adapter = adapter_for(model)
-        if self._adapter.own_masks:
-            raise UserError(f"image tokens of {self._adapter.family} see each other: probing needs a causal decoder")
         self._embed = model.get_input_embeddings()
         wanted, kind = config.tokens_per_batch, self._embed.weight.device.type
         budget = AUTO_BUDGET.get(kind, AUTO_BUDGET["cpu"]) if wanted == "auto" else wanted
-        self._read = ReadOut(self._adapter, model.get_output_embeddings(), budget)
+        self._apart = self._adapter.own_masks
+        kind_of_read = ApartReadOut if self._apart else ReadOut
+        self._read = kind_of_read(self._adapter, model.get_output_embeddings(), budget)
         with torch.inference_mode(), last_position_only(self._adapter.decoder):
             self._ablated = ablation_embedding(model, processor)
-            self._chats: dict[tuple[int, ...], SharedPrefix] = {}
+            self._chats: dict[tuple[int, ...], SharedPrefix | None] = {}
             self._chat(plain_prompt(self._adapter, processor, config))
         self._publish()
 
@@ -129,8 +129,10 @@ class Prober:
         self.counters.flops = self._read.flops
         self.counters.memory_splits = self._read.memory_splits
 
-    def _chat(self, prompt: SplitPrompt) -> tuple[SharedPrefix, int]:
+    def _chat(self, prompt: SplitPrompt) -> tuple[SharedPrefix | None, int]:
         """Keys and values of the text before the image, run once for each such text, and how many of their positions count."""
+        if self._apart:
+            return None, len(prompt.prefix)
         # A template may start with the image: then a text token fills the cache and zero positions of it are used.
         text = prompt.prefix if len(prompt.prefix) else prompt.suffix[:1]
         key = tuple(text.tolist())
@@ -151,16 +153,19 @@ class Prober:
         similarity = None if visual.cls_similarity is None else visual.cls_similarity.cpu()[flat].float().numpy()
         token = sample_tokens(self._config, len(flat), key, self._seed, similarity)
         inner = self._embedded(prompt.inner).index_copy(0, place.to(visual.embeddings.device), visual.embeddings)
-        table = torch.cat([inner, self._ablated, self._embedded(prompt.suffix)])
+        table = torch.cat([inner, self._ablated, self._embedded(prompt.suffix), self._embedded(prompt.prefix)])
         features = visual.layer_features
         if features is not None:
             features = features.new_zeros(len(table), *features.shape[1:]).index_copy(0, place.to(features.device), features)
-        shared = OneImage(*self._chat(prompt), Table(table, features))
+        slots = torch.zeros(len(table), dtype=torch.bool, device=table.device)
+        slots[place.to(table.device)] = slots[len(inner)] = True
+        shared = OneImage(*self._chat(prompt), Table(table, features, slots))
         scores, start = [], 0
         for grid in cells:
             mine = token[(token >= start) & (token < start + grid.numel())] - start
             if len(mine):
-                runs = ImageRuns(place[grid], len(inner), shared.length, len(prompt.suffix), self._config.ablation)
+                lengths = len(inner), shared.length, len(prompt.suffix)
+                runs = ImageRuns(place[grid], *lengths, self._config.ablation, self._apart)
                 scores.append(self._experiments(shared, runs, torch.from_numpy(mine)))
             start += grid.numel()
         single, region, whole = np.concatenate(scores, axis=1)

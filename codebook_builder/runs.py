@@ -1,7 +1,8 @@
 """What each experiment lets the model see, as rows of indices into one table of embeddings.
 
 The table of an image is [everything from its first to its last visual token (n), ablation embedding (1), suffix embeddings
-(s)]; a run is the row of table indices that follows the chat prefix. All functions here are pure; which experiment needs which
+(s)]; a run is the row of table indices that follows the chat prefix. Where nothing can be shared the table ends with the prefix
+itself, and every run begins with it. All functions here are pure; which experiment needs which
 run is arXiv 2503.20540, sections 3.1 and 3.2.
 """
 
@@ -62,10 +63,12 @@ def window_corners(rows: int, columns: int) -> Tensor:
 @dataclass(frozen=True)
 class Table:
     """The vectors runs are made of. embeddings: [t, d]. features: [t, k, d] what is added to each behind the first k decoder
-    layers (`VisualTokens.layer_features`), zeros for text and ablated tokens; None in families without."""
+    layers (`VisualTokens.layer_features`), zeros for text and ablated tokens; None in families without. visual: [t] bool, which
+    stand in an image's place, the ablation embedding too; None where the decoder does not ask."""
 
     embeddings: Tensor
     features: Tensor | None = None
+    visual: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -107,12 +110,16 @@ class GlobalGroup:
 class ImageRuns:
     """The runs of one grid of an image. `tokens` are raster indices of its cells [m] long."""
 
-    def __init__(self, cells: Tensor, count: int, before: int, suffix: int, ablation: Literal["replace", "drop"]) -> None:
+    def __init__(
+        self, cells: Tensor, count: int, before: int, suffix: int, ablation: Literal["replace", "drop"], apart: bool = False
+    ) -> None:
         """Lay out a grid `cells` [rows, columns], table indices, of an image of `count` embeddings.
 
-        It stands behind `before` text tokens, which are in the shared prefix, and in front of `suffix` others.
-        What lies outside of the grid (separators, other grids, text between tiles) is seen by global runs only.
+        It stands behind `before` text tokens, which are in the shared prefix (`apart`: in every run, and nothing is shared),
+        and in front of `suffix` others. What lies outside of the grid (separators, other grids, text between tiles) is seen
+        by global runs only.
         """
+        self._apart, self._lead = apart, torch.arange(before if apart else 0) + count + 1 + suffix
         self._flat, self._count, self._ablation = cells.flatten(), count, ablation
         rows, columns = cells.shape
         corners = window_corners(rows, columns)
@@ -145,8 +152,9 @@ class ImageRuns:
                 left = (len(visual), visual.shape[1] - gone.shape[1])
                 visual, place = visual[~hit].view(left), place[~hit].view(*left, 3)
         behind = torch.arange(side, side + len(self._suffix))[:, None].expand(len(visual), -1, 3)
-        index = torch.cat([visual, self._suffix.expand(len(visual), -1)], dim=1)
-        return Runs(index, torch.cat([place, behind], 1) + self._before)
+        index = torch.cat([x.expand(len(visual), -1) for x in (self._lead, visual, self._suffix)], dim=1)
+        ahead = torch.arange(len(self._lead))[:, None].expand(len(visual), -1, 3)
+        return Runs(index, torch.cat([ahead, torch.cat([place, behind], 1) + self._before], 1))
 
     def single(self, tokens: Tensor) -> Runs:
         """One visual token alone: [m, 1 + s]."""
@@ -175,11 +183,11 @@ class ImageRuns:
         """The full image with each token's window ablated, grouped by the grid row the window starts in.
 
         Causal attention: nothing before the first ablated token changes, so a group begins there; within a group all
-        runs have the same length.
+        runs have the same length. Where image tokens see each other it begins with the image.
         """
         for row in torch.unique(self._corner_row[tokens]).tolist():
             member = torch.nonzero(self._corner_row[tokens] == row).flatten()
             gone = self._windows[tokens[member]]
-            start = int(gone.min())
+            start = 0 if self._apart else int(gone.min())
             visual = torch.arange(start, self._count).expand(len(member), -1)
             yield GlobalGroup(member, start, self._finish(visual, self._cell[None, start:], gone))

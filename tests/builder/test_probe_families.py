@@ -96,8 +96,14 @@ def cells_of(family: Family, inputs: Any) -> list[tuple[int, int, int]]:
     return [(0, row, column) for row in range(SQUARE) for column in range(SQUARE)] + fine
 
 
+def causal(model: Any, embeds: torch.Tensor, shown: list[bool]) -> torch.Tensor:
+    """Logits [length, vocabulary] of one row; `shown`: which columns are an image's."""
+    out = model.get_decoder()(inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2]), use_cache=False)
+    return model.lm_head(out.last_hidden_state)[0]
+
+
 @torch.no_grad()
-def oracle(family: Family, inputs: Any, ablation: str) -> Answers:
+def oracle(family: Family, inputs: Any, ablation: str, forward: Any = causal) -> Answers:
     """Logits of every experiment; grids one after the other, each in raster order."""
     model, ids = family.model, inputs["input_ids"][0].tolist()
     pixels = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
@@ -117,8 +123,8 @@ def oracle(family: Family, inputs: Any, ablation: str) -> Answers:
         kept = [i for i in shown if ablation == "replace" or i not in gone]
         middle = [pad if i in gone else vectors[i] for i in kept]
         embeds = torch.stack([*head, *middle, *tail])[None]
-        out = model.get_decoder()(inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2]), use_cache=False)
-        return model.lm_head(out.last_hidden_state)[0, -1].double().numpy()
+        shown_here = [False] * len(head) + [True] * len(middle) + [False] * len(tail)
+        return forward(model, embeds, shown_here)[-1].double().numpy()
 
     answers: dict[str, list[Array]] = {"single": [], "region": [], "region_ablated": [], "whole_ablated": []}
     probed = []

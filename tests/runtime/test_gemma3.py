@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conftest import noise_image, tiny_processor
-from families import IMAGE, SIDE, SQUARE, TEXT, Family, grid, item, noise, prompts_of, ready, siglip
+from conftest import noise_image
+from families import IMAGE, SIDE, SQUARE, TEXT, Family, Prompt, grid, item, noise, prompts_of, ready, siglip
 from oracle import ProjectionPruner
 from test_engine_rules import same, trace
 from test_families import close, generate
+from test_probe import assert_scores, config
+from test_probe_families import SETTINGS, HandMade, oracle
 from torch import Tensor
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig
 
 from codebook_builder.probe import Prober
 from codebook_prune import FastVPruner, UserError
-from codebook_schemas import ProbeConfig
 
 WINDOW, STEPS = 7, 3
 
@@ -127,5 +129,21 @@ def test_what_windows_make_ambiguous_is_refused(pruner: Any) -> None:
     model = FAMILIES["sdpa"].model
     with pytest.raises(UserError, match="gemma3 has sliding-window layers: only pruners in front of layer 0"), pruner(model):
         pass
-    with pytest.raises(UserError, match="image tokens of gemma3 see each other"):
-        Prober(model, tiny_processor(), ProbeConfig(), None).probe([noise_image(0)], ["a"])
+
+
+@each
+@pytest.mark.parametrize("ablation", ["replace", "drop"])
+def test_probing_shares_nothing_and_equals_one_forward_per_experiment(family: Family, ablation: str) -> None:
+    processor = HandMade(family, Prompt((family.prompts[1].items[0],), 9))
+    answers = oracle(
+        family, family.inputs([processor.prompt]), ablation,
+        lambda model, embeds, shown: plain_logits(model, embeds, [int(one) - 1 for one in shown]),
+    )  # fmt: skip
+    prober = Prober(family.model, processor, config(ablation=ablation, **SETTINGS), None)
+    found = prober.probe([noise_image(0)], ["a"])[0]
+    assert found.token.tolist() == list(range(SQUARE**2))
+    assert_scores(found, answers, "jsd")
+    cascade = Prober(family.model, processor, config(ablation=ablation, cascade=True, **SETTINGS), (1.0, 1e-9))
+    again = cascade.probe([noise_image(0)], ["a"])[0]
+    assert np.isnan(again.global_divergence).any()
+    np.testing.assert_array_equal(again.top1_prob, found.top1_prob)
