@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -63,12 +64,13 @@ def problems(row: Row) -> bool:
 
 
 def kept(rows: Sequence[Row], given: argparse.Namespace, commit: str) -> list[Row]:
-    """The stored rows that stay: all of other parts and seeds; of this one fault trials, of this commit or with --resume."""
+    """The stored rows that stay: all of other parts and seeds; of this one fault trials that struck, of this commit or with
+    --resume."""
     return [
         row
         for row in rows
         if (row["part"], row["seed"]) != (given.part, given.seed)
-        or (given.part == "faults" and (given.resume or row["commit"] == commit))
+        or (given.part == "faults" and row["struck"] and (given.resume or row["commit"] == commit))
     ]
 
 
@@ -80,6 +82,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="faults: trials of other commits count, too")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may start us with it ignored, and builds inherit that
     torch.set_num_threads(1)
     origin: dict[str, Any] = envelope([], given.seed)
     where = {"commit": origin["commit"] + ("-dirty" if origin["dirty"] else ""), "command": origin["command"]}

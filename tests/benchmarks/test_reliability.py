@@ -26,7 +26,7 @@ HOSTILE = {"part": "hostile", "seed": 0, "commit": "old", "findings": []}
 @pytest.fixture
 def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Results with trials of another commit and of another seed. Trials take minutes; here they only say what was asked."""
-    others = [{"part": "faults", "seed": seed, "commit": "old", "trial": 0, "problem": ""} for seed in (0, 1)]
+    others = [{"part": "faults", "seed": seed, "commit": "old", "trial": 0, "problem": "", "struck": True} for seed in (0, 1)]
     (tmp_path / "reliability.json").write_text(json.dumps({"rows": [HOSTILE, *others]}))
 
     def trials(planned: Sequence[faults.Planned], seed: int) -> Iterator[dict[str, Any]]:
@@ -34,7 +34,7 @@ def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             if number == 3 and not (tmp_path / "interrupted").exists():
                 (tmp_path / "interrupted").touch()
                 raise KeyboardInterrupt
-            yield {"trial": number, "fault": fault, "drawn": moment, "problem": ""}
+            yield {"trial": number, "fault": fault, "drawn": moment, "problem": "", "struck": True}
 
     monkeypatch.setattr(faults, "trials", trials)
     monkeypatch.setattr(reliability, "RESULTS", tmp_path)
@@ -82,11 +82,26 @@ def test_another_commit_starts_anew_unless_it_is_told_to_resume(stored: Path, mo
 
 
 def test_a_trial_that_finds_something_is_told_and_kept(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faults, "trials", lambda planned, seed: iter([{"trial": 0, "fault": "node", "problem": "digest"}]))
+    monkeypatch.setattr(
+        faults, "trials", lambda planned, seed: iter([{"trial": 0, "fault": "node", "problem": "digest", "struck": True}])
+    )
     assert run(monkeypatch, "faults", "--now", "1") == 1
-    monkeypatch.setattr(faults, "trials", lambda planned, seed: iter([{"trial": 1, "fault": "node", "problem": ""}]))
+    monkeypatch.setattr(
+        faults, "trials", lambda planned, seed: iter([{"trial": 1, "fault": "node", "problem": "", "struck": True}])
+    )
     assert run(monkeypatch, "faults", "--now", "1") == 1  # the other piece stays wrong
     assert [row["problem"] for row in json.loads(stored.read_text())["rows"] if row["commit"] == "new"] == ["digest", ""]
+
+
+def test_a_trial_whose_fault_came_too_late_is_run_again(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (stored.parent / "interrupted").touch()
+    late = {"trial": 0, "fault": "node", "problem": "", "struck": False}
+    asked = faults.trials
+    monkeypatch.setattr(faults, "trials", lambda planned, seed: iter([late]))
+    assert run(monkeypatch, "faults", "--now", "1") == 0
+    monkeypatch.setattr(faults, "trials", asked)
+    assert run(monkeypatch, "faults", "--count", "2") == 0
+    assert trials_of(stored) == [(0, "new"), (1, "new")]
 
 
 def test_the_whole_suite_has_every_fault_and_every_moment() -> None:
