@@ -43,8 +43,7 @@ bench: $(STAMP)  ## run the benchmarks, write benchmarks/results/*.json and the 
 	$(BIN)/python -m benchmarks.influence
 	$(BIN)/python -m benchmarks.ablation
 	$(BIN)/python -m benchmarks.context
-	$(BIN)/python -m benchmarks.accuracy_page
-	$(BIN)/python -m benchmarks.readme
+	$(MAKE) pages
 
 pages: $(STAMP)  ## write the figures in README.md and docs/ from benchmarks/results
 	$(BIN)/python -m benchmarks.readme

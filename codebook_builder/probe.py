@@ -61,7 +61,7 @@ class Prober:
             seed: shifts the raster sample.
 
         Raises:
-            UserError: as `plain_prompt`; unsupported model type,.
+            UserError: as `plain_prompt`; unsupported model type, or a causal decoder without full attention.
         """
         self.counters = ProbeCounters()
         self._config, self._processor, self._seed = config, processor, seed

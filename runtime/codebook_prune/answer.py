@@ -18,6 +18,7 @@ from codebook_prune.pruners.base import LayerPruner, Pruner, PrunerChain
 from codebook_prune.pruners.uniform import UniformPruner
 from codebook_prune.spec import AnyPruner
 from codebook_schemas import UserError
+from codebook_schemas.errors import one_line
 
 ROUNDS = 3
 
@@ -112,7 +113,7 @@ class Asker:
         try:
             return self.processor(text=[text], return_tensors="pt", **given).to(self.model.device)
         except ValueError as error:
-            raise UserError(f"{media.name}: this model's processor refuses it: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{media.name}: this model's processor refuses it: {one_line(error)}") from None
 
     @torch.inference_mode()
     def _grids(self, inputs: Any) -> int:
@@ -123,7 +124,8 @@ class Asker:
         return max(len(torch.unique(frame)) for frame in stats.frame)
 
     def _check_length(self, media: Media, inputs: Any, pruner: AnyPruner | None) -> None:
-        """Refuse a prompt that goes beyond the positions the model knows, as the pruner that just ran numbers them."""
+        """Refuse a prompt that goes beyond the positions the model knows, as the pruner numbers them; one that closes gaps has
+        just run."""
         length = inputs["input_ids"].shape[1]
         if pruner is not None and closes_gaps(pruner):
             length -= sum(pruner.stats.tokens_before) - sum(pruner.stats.tokens_after)
@@ -139,12 +141,16 @@ class Asker:
     def _measure(self, media: Media, inputs: Any, pruners: Sequence[AnyPruner | None]) -> list[Run]:
         prefill: list[list[float]] = [[] for _ in pruners]
         prune: list[list[float]] = [[] for _ in pruners]
+        for pruner in pruners:
+            if pruner is None or not closes_gaps(pruner):
+                self._check_length(media, inputs, pruner)
         for _ in range(1 + ROUNDS):
             for number, pruner in enumerate(pruners):
                 with nullcontext() if pruner is None else pruner(self.model):
                     prefill[number].append(self._timed(lambda: self.model(**inputs, logits_to_keep=1))[1])
                     prune[number].append(0.0 if pruner is None else 1000 * pruner.stats.seconds)
-                self._check_length(media, inputs, pruner)
+                if pruner is not None and closes_gaps(pruner):
+                    self._check_length(media, inputs, pruner)
         times = [[statistics.median(all_of[1:]) for all_of in pair] for pair in zip(prefill, prune, strict=True)]
         return [self._run(inputs, pruner, *pair) for pruner, pair in zip(pruners, times, strict=True)]
 

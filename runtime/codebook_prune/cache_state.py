@@ -39,7 +39,9 @@ class CacheState:
 
     def without(self, last: int) -> CacheState:
         """The state that leaves its `last` columns, all of them kept, to the later ones: the cache may be cut there."""
-        mask = self.mask if self.mask is None or not last else self.mask[:, :-last]
+        if not last:
+            return self
+        mask = None if self.mask is None else self.mask[:, :-last]
         return replace(self, full=self.full - last, width=self.width - last, mask=mask)
 
     def on(self, device: torch.device) -> CacheState:

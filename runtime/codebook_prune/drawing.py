@@ -35,8 +35,7 @@ def draw_answer(media: Media, run: Run, image_processor: Any, path: Path) -> Non
     else:
         whole = [enlarged(picture)[0] for picture in media.pictures]
         pairs = [picture for pair in zip(whole, drawn, strict=True) for picture in pair]
-        captions = [text for count in counts for text in (f"{count.split()[-1]} tokens", f"{count.split()[0]} tokens kept")]
-        save_picture(sheet(pairs, captions, 2), path)
+        save_picture(sheet(pairs, before_and_after(run, counts), 2), path)
 
 
 def draw_comparison(media: Media, names: Sequence[str], runs: Sequence[Run], image_processor: Any, path: Path) -> None:
@@ -57,6 +56,13 @@ def draw_comparison(media: Media, names: Sequence[str], runs: Sequence[Run], ima
         captions += [first, *times[1:]]
     columns = len(media.pictures) if len(media.pictures) > 1 else min(COLUMNS, len(pictures))
     save_picture(sheet(pictures, captions, columns), path)
+
+
+def before_and_after(run: Run, counts: Sequence[str]) -> list[str]:
+    """Captions of images beside what was kept of them: of all crops of a single image, else of what is shown of each."""
+    single = [(str(run.tokens_before), str(run.tokens_final))]
+    pairs = single if len(counts) == 1 else [(count.split()[-1], count.split()[0]) for count in counts]
+    return [text for before, kept in pairs for text in (f"{before} tokens", f"{kept} tokens kept")]
 
 
 def kept_pictures(media: Media, run: Run, image_processor: Any) -> tuple[list[Image.Image], list[str]]:

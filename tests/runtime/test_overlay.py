@@ -14,7 +14,7 @@ from transformers import CLIPImageProcessorPil
 
 from codebook_prune import UserError
 from codebook_prune.answer import Run
-from codebook_prune.drawing import kept_pictures
+from codebook_prune.drawing import before_and_after, kept_pictures
 from codebook_prune.media import Media
 from codebook_prune.overlay import EDGE, GRID_LINE, check_picture_path, draw_overlay, save_picture, seen_box, sheet
 
@@ -109,6 +109,8 @@ def test_of_several_crops_the_last_is_drawn_and_joined_frames_share_theirs() -> 
     run = Run("", 20, 4, 4, 4.0, 0.0, 0.0, 0.0, kept=[frame == 0], position=[place], frame=[frame])
     drawn, counts = kept_pictures(Media((Path("a.png"),), [picture]), run, SimpleNamespace())
     assert counts == ["0 of 16"]
+    assert before_and_after(run, counts) == ["20 tokens", "4 tokens kept"]  # of both crops
+    assert before_and_after(run, ["3 of 9", "5 of 16"]) == ["9 tokens", "3 tokens kept", "16 tokens", "5 tokens kept"]
     assert np.ptp(np.asarray(drawn[0]), axis=2).max() == 0
     two = Media((Path("a.mp4"),), [picture] * 4, seconds=(0.0, 1.0, 2.0, 3.0))
     assert kept_pictures(two, run, SimpleNamespace())[1] == ["4 of 4", "4 of 4", "0 of 16", "0 of 16"]

@@ -151,8 +151,8 @@ def test_an_image_the_processor_refuses_is_a_bad_file_among_others(
     real = LlavaProcessor.__call__
 
     def choosy(self: Any, images: list[Image.Image], **given: Any) -> Any:
-        if images[0].size == (150, 90):  # Qwen's say this of strips
-            raise ValueError("absolute aspect ratio must be smaller than 200\nsecond line")
+        if images[0].size == (150, 90):
+            raise ValueError("absolute aspect ratio is above 200,\nsays Qwen's")
         return real(self, images=images, **given)
 
     monkeypatch.setattr(LlavaProcessor, "__call__", choosy)
@@ -161,7 +161,7 @@ def test_an_image_the_processor_refuses_is_a_bad_file_among_others(
     out, err = capsys.readouterr()
     bad, good = map(json.loads, out.splitlines())
     assert (done.value.code, good["tokens_after"]) == (1, 9)
-    assert bad["error"].endswith("two.jpg: this model's processor refuses it: absolute aspect ratio must be smaller than 200")
+    assert bad["error"].endswith("two.jpg: this model's processor refuses it: absolute aspect ratio is above 200, says Qwen's")
     assert bad["error"] in err
 
 
