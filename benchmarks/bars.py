@@ -21,7 +21,9 @@ LARGE, SMALL = 1.0, 3.0
 PROMISED = 0.9
 """Of the speed-up to the first token that FLOPs promise."""
 FASTER = 20.0
-"""Times as fast as one generate() call an experiment, in model seconds."""
+"""Times as fast as one generate() call an experiment, in model seconds on one thread."""
+FASTER_GPU, UTILISED = 100.0, 0.4
+"""The same for a 7B-size model on a GPU, and the share of its measured peak that batched experiments must reach."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +74,24 @@ def speed_bars(report: Report) -> Iterator[Verdict]:
 def build_bars(report: Report) -> Iterator[Verdict]:
     """Model seconds against one generate() call an experiment."""
     gains = [float(rows[-1]["ratio_to_naive"]) for rows in probing_cases(report).values()]
+    least, where = (FASTER_GPU, " at 7B size on a GPU") if kind(report) == "GPU" else (FASTER, "")
     if gains:
-        enough = sum(gain >= FASTER for gain in gains)
+        enough = sum(gain >= least for gain in gains)
         found = f"{min(gains):.1f} to {max(gains):.1f} times, {enough} of {len(gains)} cases"
-        yield Verdict(f"probing at least {FASTER:.0f} times as fast as published", found, enough == len(gains))
+        yield Verdict(f"probing at least {least:.0f} times as fast as published{where}", found, enough == len(gains))
+    used = [float(r["mfu"]) for r in report["rows"] if r["variant"].startswith("(b)")]
+    if used and where:
+        bar = f"batched experiments at {UTILISED:.0%} or more of the peak{where}"
+        yield Verdict(bar, span([100 * u for u in used], "%"), min(used) >= UTILISED)
 
 
 def cost_bars() -> list[Verdict]:
     """Speed and building, as far as they were measured."""
-    runtime, build = load_if_there("runtime"), load_if_there("build")
-    return [*(speed_bars(runtime) if runtime else ()), *(build_bars(build) if build else ())]
+    found: list[Verdict] = []
+    for name, judge in (("runtime", speed_bars), ("build", build_bars)):
+        reports = (load_if_there(name), load_if_there(f"{name}.gpu"))
+        found += [verdict for report in reports if report for verdict in judge(report)]
+    return found
 
 
 def span(values: list[float], unit: str) -> str:

@@ -120,6 +120,21 @@ def probing(report: Report) -> str:
     return f"{PROBING}\n\n{table(head, body)}\n\nFrom {origin('build', report)}"
 
 
+def probing_on_gpu(report: Report) -> str:
+    """The same on a GPU, where a case may lack the published way: every variant by itself, in seconds of the clock."""
+    body = []
+    for r in report["rows"]:
+        name = f"{r['model']}: {r['probed']} of {r['tokens_per_image']} tokens, {r['variant']}"
+        gain = "" if r["ratio_to_naive"] is None else f"{r['ratio_to_naive']:.1f} x"
+        hours = f"{r['hours_for_500_images']:.2f}"
+        body.append([name, f"{r['images_per_s']:.3g}", gain, f"{r['mfu']:.0%}", hours, f"{r['agreement']:.1%}"])
+    head = ["on a GPU", "images a second", "speed-up over (a)", "MFU", "hours for 500 images", "agreement"]
+    return (
+        f"{table(head, body)}\n\nHours are extrapolated. Agreement: share of the tokens about which (a), or the first way "
+        f"there is, says the same. From {origin('build.gpu', report)}"
+    )
+
+
 def whole_builds(report: Report) -> str:
     """Throughput of the largest builds, side by side, and whether memory grows with the number of images."""
     rows, most = report["rows"], max(r["images"] for r in report["rows"])

@@ -61,8 +61,10 @@ def speeds() -> str:
 def pages() -> dict[Path, str]:
     """Every page with its parts filled in."""
     image = image_suite()
+    gpu = load_if_there("build.gpu")
+    probing = [cost_tables.probing(load("build")), *([cost_tables.probing_on_gpu(gpu)] if gpu else [])]
     building = {
-        "probing": cost_tables.probing(load("build")),
+        "probing": "\n\n".join(probing),
         "whole builds": cost_tables.whole_builds(load("whole_builds")),
         "selection": cost_tables.selection(load("selection")),
     }

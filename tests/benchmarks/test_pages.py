@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import OURS, accuracy_page, findings, pages, suites
+from benchmarks import OURS, accuracy_page, cost_tables, findings, pages, suites
 from benchmarks.accuracy_chart import draw, spread
-from benchmarks.bars import Verdict, accuracy_bars, two_lists
+from benchmarks.bars import Verdict, accuracy_bars, build_bars, two_lists
 from benchmarks.suites import Suite
 
 BUDGETS = (0.5, 0.22, 0.056)
@@ -90,6 +90,27 @@ def test_bars_are_met_or_missed() -> None:
     assert behind[1] == Verdict("ahead of every other row at 22%", "pool level or better", False)
     assert two_lists(clear).startswith("* Met: at least 99%")
     assert "Missed" not in two_lists(clear)
+
+
+def build_row(variant: str, probed: int, gain: float | None, mfu: float) -> dict[str, Any]:
+    sizes = {"tokens_per_image": 576, "probed": probed, "images_per_s": 0.5, "hours_for_500_images": 0.28}
+    return {"variant": variant, "model": "a 7B", "ratio_to_naive": gain, "mfu": mfu, "agreement": 0.99, **sizes}
+
+
+def test_a_gpu_has_bars_and_a_table_of_its_own() -> None:
+    found = [build_row("(a) published", 96, 1.0, 0.01), build_row("(b) batched", 96, 80.0, 0.45)]
+    found += [build_row("(d) and cascade", 96, 120.0, 0.4) | {"threshold_quantile": 0.35}]
+    found = [r | {"threshold_quantile": 0.35} for r in found] + [build_row("(b) batched", 576, None, 0.35)]
+    report = ENVELOPE | {"device": "a GPU", "rows": found}
+    assert [(v.found, v.met) for v in build_bars(report)] == [
+        ("120.0 to 120.0 times, 1 of 1 cases", True),
+        ("35.0% to 45.0%", False),
+    ]
+    on_cpu = list(build_bars(report | {"device": "a CPU, 1 threads"}))
+    assert [v.bar for v in on_cpu] == ["probing at least 20 times as fast as published"]
+    text = cost_tables.probing_on_gpu(report)
+    assert "| a 7B: 576 of 576 tokens, (b) batched | 0.5 |  | 35% | 0.28 | 99.0% |" in text
+    assert "build.gpu.json" in text
 
 
 @pytest.mark.parametrize(("relation", "flagged"), [(60.0, True), (90.0, False)])
