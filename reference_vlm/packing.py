@@ -108,12 +108,15 @@ def make_sheet(kind: str, index: int, pictures: int, size: tuple[int, int], word
     """Draw one training row of a kind in `KINDS`; `index` names its scenes."""
     if kind == "images":
         scenes = make_images("train", index, pictures, size)
-        return Sheet(tuple(scenes), ask_suite(IMAGES, scenes, 8, rng), lead_of(kind, pictures))
+        return Sheet(tuple(scenes), ask_suite(IMAGES, scenes, 12, rng), lead_of(kind, pictures))
     frames = make_video("train", index, pictures, size) if kind == "video" else None
     if frames is not None:
-        about = (*ask_suite(VIDEO, frames, 6, rng), *ask_many(frames[0], 3, rng, ("color", "shape", "count", "exist")))
-        return Sheet(tuple(frames), about, lead_of(kind, pictures))
+        about = ask_suite(VIDEO, frames, 6, rng)
+        moves = tuple(q for q in about if q.family != "position_in")  # one of each kind a video: they count twice
+        still = ask_many(frames[0], 3, rng, ("color", "shape", "count", "exist"))
+        return Sheet(tuple(frames), (*about, *moves, *still), lead_of(kind, pictures))
     far = index % 3 == 0 or size[0] * size[1] < GRID * GRID // 2
     scene = make_scene("train", index, size=size, smallest=FAR if far else SMALLEST)
     number = pictures if kind == "video" else 1  # nothing in it can move: a still video
-    return Sheet((scene,) * number, tuple(ask_many(scene, 10, rng)), lead_of(kind, number), facts(rng, words) if words else "")
+    questions = tuple(ask_many(scene, 14 if words else 10, rng))  # behind a long prefix questions cost little
+    return Sheet((scene,) * number, questions, lead_of(kind, number), facts(rng, words) if words else "")

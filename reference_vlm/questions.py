@@ -146,10 +146,10 @@ FAMILIES: dict[str, Asker] = {f.__name__: f for f in (color, shape, count, exist
 WEIGHTS = {
     "color": 1,
     "shape": 1,
-    "count": 4,
+    "count": 5,
     "exist": 3,
-    "position": 4,
-    "relation": 3,
+    "position": 5,
+    "relation": 5,
     "read": 1.5,
     "label": 1,
     "describe": 1,
