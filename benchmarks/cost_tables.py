@@ -157,12 +157,12 @@ def selection(report: Report) -> str:
     """Time and memory of selecting among many survivors."""
     body = [
         [
-            f"{r['survivors']:,}, {r['method']}",
+            f"{r['survivors']:,} {r['points']}, d = {r['d']}: {r['method']}",
             f"{r['seconds']:.0f}",
             f"{r['peak_mb'] / 1024:.1f}",
             "" if r["agreement"] is None else f"{r['agreement']:.3f}",
         ]
         for r in report["rows"]
     ]
-    head = [f"survivors of d = {report['rows'][0]['d']}", "CPU s", "peak GiB", "agreement with the approximation"]
+    head = ["survivors", "CPU s", "peak GiB", "agreement with the approximation"]
     return f"{table(head, body)}\n\nAgreement: adjusted Rand index. From {origin('selection', report)}"

@@ -1,15 +1,17 @@
 """Selection at scale: `python -m benchmarks.selection`.
 
 Synthetic survivors in clusters, as memory-mapped float32 rows: clustering across images and one spherical mean a cluster, as
-`codebook-build` does after probing. Every size runs in its own process, so that its peak memory is its own: `peak_mb` with the
-pages of the mapped file, `own_mb` without, as it is at the end. Where exact DPC-KNN also runs, agreement is the adjusted Rand
-index of its labels and those of the approximation. Seconds are CPU seconds on one thread.
+`codebook-build` does after probing. Real clusters lie less far apart: visual tokens of the reference VLM are clustered too.
+Every size runs in its own process, so that its peak memory is its own: `peak_mb` with the pages of the mapped file, `own_mb`
+without, as it is at the end. Where exact DPC-KNN also runs, agreement is the adjusted Rand index of its labels and those of the
+approximation. Seconds are CPU seconds on one thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import subprocess
@@ -20,12 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from benchmarks.report import publish
 from codebook_builder.clustering import MICRO_CLUSTERS, dpc_knn
 from codebook_builder.select import spherical_mean
+from codebook_prune import load_model
 from codebook_schemas import SelectionConfig
+from reference_vlm import CHECKPOINT
+from reference_vlm.scenes import make_scene, render
 
 CLUSTERS = 64
 BLOCK = 16_384
@@ -45,6 +51,22 @@ def write_points(path: Path, count: int, dimension: int) -> NDArray[np.float32]:
     points.flush()
     del points
     return np.memmap(path, np.float32, "r", shape=(count, dimension))
+
+
+def write_visual_tokens(path: Path, count: int) -> NDArray[np.float32]:
+    """`count` visual tokens of the reference VLM, those of as many scenes as it takes, as a memory map."""
+    model, processor = load_model(str(CHECKPOINT))
+    found: list[NDArray[np.float32]] = []
+    for index in range(math.ceil(count / model.config.image_seq_length)):
+        image = render(make_scene("codebook", index))
+        pixels = processor.image_processor(images=image, return_tensors="pt").pixel_values
+        with torch.inference_mode():
+            encoded = model.get_image_features(pixel_values=pixels.to(model.dtype), return_dict=True)
+        found.append(torch.cat(list(encoded.pooler_output)).float().numpy())
+    points = np.memmap(path, np.float32, "w+", shape=(count, found[0].shape[1]))
+    points[:] = np.concatenate(found)[:count]
+    points.flush()
+    return points
 
 
 def rand_index(a: NDArray[np.int64], b: NDArray[np.int64]) -> float:
@@ -67,10 +89,11 @@ def own_mb() -> float:
 
 
 def measure(count: int, dimension: int, exact: bool) -> dict[str, Any]:
-    """One size, in this process."""
+    """One size, in this process; dimension 0: visual tokens of the reference VLM."""
     config = SelectionConfig()
     with tempfile.TemporaryDirectory() as folder:
-        points = write_points(Path(folder) / "points", count, dimension)
+        path = Path(folder) / "points"
+        points = write_points(path, count, dimension) if dimension else write_visual_tokens(path, count)
         wall, started = time.perf_counter(), time.process_time()
         limit = count if exact else min(config.exact_limit, count - 1)
         labels = dpc_knn(points, CLUSTERS, config.neighbours, limit)
@@ -80,8 +103,9 @@ def measure(count: int, dimension: int, exact: bool) -> dict[str, Any]:
         seconds, wall = time.process_time() - started, time.perf_counter() - wall
         row: dict[str, Any] = {
             "method": "exact DPC-KNN" if exact else f"{MICRO_CLUSTERS} micro-clusters",
+            "points": "synthetic clusters" if dimension else "visual tokens of the reference VLM",
             "survivors": count,
-            "d": dimension,
+            "d": points.shape[1],
             "seconds": seconds,
             "clustering_seconds": clustered,
             "wall_seconds": wall,
@@ -117,7 +141,8 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure(args.one, args.dimension, args.exact)))
         return
-    rows = [apart(n, args.dimension, True) for n in args.exact_sizes] + [apart(n, args.dimension, False) for n in args.sizes]
+    rows = [apart(n, dimension, True) for dimension in (args.dimension, 0) for n in args.exact_sizes]
+    rows += [apart(n, args.dimension, False) for n in args.sizes]
     publish("selection", rows, 0, out=args.out)
 
 

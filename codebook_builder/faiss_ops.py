@@ -13,6 +13,9 @@ from codebook_schemas.files import replace_atomically
 
 Floats = NDArray[np.float32]
 
+POINTS_A_CENTROID, ITERATIONS = 16, 10
+"""What k-means is trained on and how often: its centroids only gather points, which ones exactly hardly matters."""
+
 
 def index_bytes(vectors: Floats, first_id: int) -> bytes:
     """A flat inner-product index of L2-normalised rows [n, d] with global ids first_id .. first_id + n, serialised."""
@@ -56,13 +59,19 @@ def knn_squared(queries: Floats, points: Floats, k: int, rows: int = 65_536) -> 
 def kmeans(points: Floats, clusters: int, seed: int, rows: int = 65_536) -> tuple[Floats, NDArray[np.int64]]:
     """FAISS k-means of `points` [n, d]: (centroids [clusters, d], assignment [n]).
 
-    Trained on at most `rows` evenly spaced points, assigned in blocks of `rows`: memory is bounded whatever n is.
+    Trained on at most `rows` and `POINTS_A_CENTROID * clusters` evenly spaced points, assigned in blocks of `rows`: memory is
+    bounded, and training costs the same however many points there are.
     """
     faiss = import_faiss()
-    chosen = np.linspace(0, len(points) - 1, min(len(points), rows)).round().astype(np.int64)
+    chosen = np.linspace(0, len(points) - 1, min(len(points), rows, POINTS_A_CENTROID * clusters)).round().astype(np.int64)
     sample = np.ascontiguousarray(points[chosen], np.float32)
     trainer = faiss.Kmeans(
-        points.shape[1], clusters, niter=20, seed=seed, min_points_per_centroid=1, max_points_per_centroid=1 + rows // clusters
+        points.shape[1],
+        clusters,
+        niter=ITERATIONS,
+        seed=seed,
+        min_points_per_centroid=1,
+        max_points_per_centroid=POINTS_A_CENTROID,
     )
     trainer.train(sample)
     centroids = np.ascontiguousarray(trainer.centroids, np.float32)
