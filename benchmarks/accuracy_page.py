@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from benchmarks import OURS, ROOT
 from benchmarks.bars import accuracy_bars, bars_table
 from benchmarks.findings import findings, signed
-from benchmarks.pages import Report, load_if_there, origin, share, table, update
+from benchmarks.pages import Report, listed, load_if_there, origin, outdated, share, table, update
 from benchmarks.suites import Row, Suite, measured
 
 PAGE, CHART = ROOT / "docs" / "accuracy.md", ROOT / "docs" / "accuracy.png"
@@ -202,6 +202,7 @@ def page() -> str:
                 [
                     INTRO,
                     FINDINGS,
+                    outdated_note(reports | {name: report for name, (report, _) in tables.items()}),
                     "\n".join(f"* {bullet}" for bullet in findings(suites, reports)),
                     BARS,
                     bars_table(list(accuracy_bars(suites[0]))),
@@ -215,6 +216,12 @@ def page() -> str:
         )
         + "\n"
     )
+
+
+def outdated_note(reports: Mapping[str, Report]) -> str:
+    """Which figures are not of the shipped weights; nothing where all are."""
+    names = [f"{name}.json" for name, report in reports.items() if outdated(name, report)]
+    return f"Not measured again since the reference VLM was last trained: {listed(names)}." if names else ""
 
 
 def suites_with_origin(report: Report, suites: Sequence[Suite], name: str) -> str:

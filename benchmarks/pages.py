@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import RESULTS, ROOT
+from benchmarks.report import weights_digest
 
 Report = dict[str, Any]
 """A result file: its command, commit, device and `rows`."""
 CHECKPOINT = ROOT / "reference_vlm" / "checkpoint"
 LONGEST_COMMAND = 70
+ASKED = ("accuracy", "accuracy_suites", "ablation", "context", "influence")
+"""Results that are of the reference VLM's answers, and so of its weights."""
 
 
 def load(name: str) -> Report:
@@ -50,12 +53,18 @@ def command_of(report: Report) -> str:
     return command if len(command) <= LONGEST_COMMAND else " ".join(command.split()[:3]) + " ..."
 
 
+def outdated(name: str, report: Report) -> bool:
+    """Whether a result is of answers that other weights than the shipped ones gave."""
+    return name in ASKED and report.get("weights") != weights_digest()
+
+
 def origin(name: str, report: Report, up: str = "../") -> str:
     """Where figures come from, as a sentence: file, command, commit, seed, device, versions. `up` leads to the root."""
     link = f"[{name}.json]({up}benchmarks/results/{name}.json)"
     edited = ", with uncommitted changes" if report["dirty"] else ""
+    of = ", earlier weights of the reference VLM" if outdated(name, report) else ""
     versions = "".join(f", {name} {report['versions'][name]}" for name in ("torch", "transformers"))
-    made = f"`{command_of(report)}`, commit {report['commit']}{edited}, seed {report['seed']}"
+    made = f"`{command_of(report)}`, commit {report['commit']}{edited}{of}, seed {report['seed']}"
     return f"{link}: {made}, {report['device']}{versions}."
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import shlex
@@ -34,6 +35,11 @@ def _cpuinfo() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+def weights_digest() -> str:
+    """Which weights of the reference VLM are shipped: figures of others are no longer what a user would get."""
+    return hashlib.sha256((ROOT / "reference_vlm" / "checkpoint" / "model.safetensors").read_bytes()).hexdigest()[:12]
+
+
 def envelope(rows: Sequence[Row], seed: int) -> dict[str, Any]:
     """Rows with everything needed to run them again."""
     git = ("git", "-C", str(ROOT))
@@ -48,6 +54,7 @@ def envelope(rows: Sequence[Row], seed: int) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")}
         | {"python": platform.python_version()},
         "seed": seed,
+        "weights": weights_digest(),
         "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "rows": [dict(row) for row in rows],
     }

@@ -13,6 +13,7 @@ import pytest
 from benchmarks import OURS, accuracy_page, cost_tables, findings, pages, suites
 from benchmarks.accuracy_chart import draw, spread
 from benchmarks.bars import Verdict, accuracy_bars, build_bars, two_lists
+from benchmarks.report import weights_digest
 from benchmarks.suites import Suite
 
 BUDGETS = (0.5, 0.22, 0.056)
@@ -118,6 +119,19 @@ def test_a_coin_flip_is_flagged_only_where_it_is_one(relation: float, flagged: b
     text = findings.weak_families(Suite("image", rows({}, relation=relation)))
     assert ("coin flip" in text) is flagged
     assert ("relation (60% right)" in text) is flagged
+
+
+def test_figures_of_other_weights_say_so(results: Any) -> None:
+    found = rows({"random": (9.0, 8.0, 10.0)})
+    results("accuracy", found)
+    text = accuracy_page.page()
+    assert "Not measured again since the reference VLM was last trained: accuracy.json." in text
+    assert "commit abc, earlier weights of the reference VLM, seed 0" in text
+    own = json.dumps(ENVELOPE | {"weights": weights_digest(), "rows": found})
+    (pages.RESULTS / "accuracy.json").write_text(own)
+    text = accuracy_page.page()
+    assert "Not measured again" not in text
+    assert "earlier weights" not in text
 
 
 def test_a_page_needs_no_more_than_the_accuracy(results: Any) -> None:
