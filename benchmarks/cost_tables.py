@@ -157,7 +157,7 @@ def selection(report: Report) -> str:
     """Time and memory of selecting among many survivors."""
     body = [
         [
-            f"{r['survivors']:,} {r['points']}, d = {r['d']}: {r['method']}",
+            f"{r['survivors']:,} ({r['points']}, d = {r['d']}): {r['method']}",
             f"{r['seconds']:.0f}",
             f"{r['peak_mb'] / 1024:.1f}",
             "" if r["agreement"] is None else f"{r['agreement']:.3f}",

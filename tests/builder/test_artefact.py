@@ -349,3 +349,14 @@ def test_a_codebook_names_no_folder_of_its_builder(tmp_path: Path) -> None:
     assert "base_model" not in (tmp_path / "book/README.md").read_text()
     extend(tmp_path / "book", prototypes(5, seed=1), origin(source="inputs:two", model=model), rows_per_shard=4)
     assert verify(tmp_path / "book").rows == 15
+
+
+@pytest.mark.parametrize("own", [None, "HASWELL"])
+def test_loading_faiss_leaves_the_environment_as_it_was(own: str | None) -> None:
+    code = (
+        "import os; from codebook_prune.index import import_faiss; import_faiss(); print(os.environ.get('OPENBLAS_CORETYPE'))"
+    )
+    others = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"}
+    told = others | ({"OPENBLAS_CORETYPE": own} if own else {})
+    done = subprocess.run([sys.executable, "-c", code], env=told, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(own)
