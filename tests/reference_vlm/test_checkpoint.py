@@ -40,6 +40,8 @@ ASKED = {"image": 40, "images": 24, "video": 24, "text": 18}
 """Suite -> questions of each family: a few hundred in all."""
 BAR = {"color": 0.9, "shape": 0.9, "exist": 0.9, "position": 0.75, "count": 0.75}
 """What the model has to reach to be of any use, by what is asked: also behind texts, and of one picture among several."""
+MISSED = {("text", "position")}
+"""Bars the shipped weights do not reach, as their card says. A model that reaches one fails here until it is taken out."""
 RARE = 1e-3
 """How often a model that is as good as it should be may fail in one family."""
 
@@ -76,7 +78,15 @@ def test_it_answers_as_well_as_its_card_says(suite: str, family: str, right: dic
     assert right[suite, family] >= least_right(ASKED[suite], card[suite][family])
 
 
-@pytest.mark.parametrize(("suite", "family"), [(s, f) for s in SUITES for f in SUITES[s][1] if kind(f) in BAR])
+@pytest.mark.parametrize(
+    ("suite", "family"),
+    [
+        pytest.param(s, f, marks=[pytest.mark.xfail(strict=True, reason="a known miss")] if (s, f) in MISSED else [])
+        for s in SUITES
+        for f in SUITES[s][1]
+        if kind(f) in BAR
+    ],
+)
 def test_it_reaches_the_first_bar(suite: str, family: str, right: dict[tuple[str, str], int]) -> None:
     assert right[suite, family] >= least_right(ASKED[suite], BAR[kind(family)])
 
