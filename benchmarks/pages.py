@@ -11,10 +11,10 @@ from typing import Any
 
 from benchmarks import RESULTS, ROOT
 from benchmarks.report import weights_digest
+from reference_vlm import CHECKPOINT
 
 Report = dict[str, Any]
 """A result file: its command, commit, device and `rows`."""
-CHECKPOINT = ROOT / "reference_vlm" / "checkpoint"
 LONGEST_COMMAND = 70
 ASKED = ("accuracy", "accuracy_suites", "ablation", "context", "influence")
 """Results that are of the reference VLM's answers, and so of its weights."""

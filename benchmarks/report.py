@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import RESULTS, ROOT
+from reference_vlm import CHECKPOINT
 
 Row = Mapping[str, Any]
 
@@ -35,9 +37,10 @@ def _cpuinfo() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+@cache
 def weights_digest() -> str:
     """Which weights of the reference VLM are shipped: figures of others are no longer what a user would get."""
-    return hashlib.sha256((ROOT / "reference_vlm" / "checkpoint" / "model.safetensors").read_bytes()).hexdigest()[:12]
+    return hashlib.sha256((CHECKPOINT / "model.safetensors").read_bytes()).hexdigest()[:12]
 
 
 def envelope(rows: Sequence[Row], seed: int) -> dict[str, Any]:
