@@ -79,7 +79,7 @@ VARIANTS = (
     Variant("codebook only, original positions", diversity=False, pruner={"positions": "original"}),
     Variant("compact positions", pruner={"positions": "compact"}),
     Variant("not centred", pruner={"centered": False}),
-    *(Variant(f"strength {x}", pruner={"strength": x}) for x in (0.0, 0.5, 1.0, 2.0)),
+    *(Variant(f"strength {x}", pruner={"strength": x}) for x in (0.0, 0.005, 0.04, 0.2, 1.0)),
     *(Variant(f"spread {x}", pruner={"spread": x}) for x in (0.0, 0.4, 1.6)),
     *(Variant(f"remove above {x}, then fill", pruner={"remove_above": x}) for x in (0.5, 0.7, 0.9)),
     *(Variant(f"mean of top {k} cosines", pruner={"top_k": k}) for k in (4, 16)),

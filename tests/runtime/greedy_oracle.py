@@ -39,7 +39,7 @@ def codebook_diversity(
     keep: int,
     cells: Sequence[tuple[int, int]],
     *,
-    strength: float = 0.25,
+    strength: float = 0.02,
     spread: float = 0.8,
     top_k: int = 1,
     remove_above: float | None = None,
@@ -62,7 +62,8 @@ def codebook_diversity(
             elif not chosen:
                 values[i] = -redundancy[i]
             else:
-                values[i] = (1 - redundancy[i]) ** strength * min(apart(i, j) for j in chosen)
+                exponent = min(1.0, strength * len(vectors) / len(chosen))
+                values[i] = max(1 - redundancy[i], 1e-6) ** exponent * min(apart(i, j) for j in chosen)
         chosen.append(first_best(values))
     return chosen
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,9 @@ def test_codebook_diversity_by_hand(tmp_path: Path) -> None:
     plain = {"centered": False, "spread": 0}
     chosen = [kept(CodebookDiversityPruner(book, keep_tokens=k, strength=1, **plain), tokens) for k in (1, 2, 3, 4)]
     assert chosen == [[0], [0, 2], [0, 1, 2], [0, 1, 2, 3]]
-    # weighed by the square root: 10 comes to .021 and 170 to .122 * .826 = .101
-    assert kept(CodebookDiversityPruner(book, keep_tokens=3, strength=0.5, **plain), tokens) == [0, 2, 3]
+    # full weight for the first of five, its square root with two kept: 10 comes to .021 and 170 to .122 * .826 = .101
+    falling = [kept(CodebookDiversityPruner(book, keep_tokens=k, strength=0.2, **plain), tokens) for k in (2, 3)]
+    assert falling == [[0, 2], [0, 2, 3]]
     # diversity alone: from 0 the farthest is 180, then 90
     alone = [kept(CodebookDiversityPruner(book, keep_tokens=k, strength=0, **plain), tokens) for k in (2, 3)]
     assert alone == [[0, 4], [0, 2, 4]]
@@ -119,7 +121,7 @@ def test_equal_tokens_far_apart_are_kept_before_near_ones(tmp_path: Path) -> Non
     [
         {},
         {"strength": 1.0},
-        {"strength": 2.5},
+        {"strength": 0.3},
         {"spread": 0},
         {"spread": 3.0},
         {"strength": 0, "centered": False},
@@ -206,14 +208,22 @@ def test_images_chosen_from_together_are_as_alone(tmp_path: Path) -> None:
         assert [mask.nonzero().squeeze(1).tolist() for mask in together] == [kept(pruner, tokens) for tokens in images]
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 7, 20])
-def test_the_steps_on_a_device_are_those_on_the_cpu(count: int) -> None:
+def test_the_steps_on_a_device_are_those_on_the_cpu(count: int, weighted: bool) -> None:
     distances = cosine_distances(torch.stack([noise(20, seed) for seed in range(3)]))
+    weights = torch.rand(3, count - 1, 20, generator=torch.Generator().manual_seed(0)).add_(0.1) if weighted else None
     first = torch.tensor([4, 0, 19])
-    expected = farthest_first(distances.clone(), first, count)
+    expected = farthest_first(distances.clone(), first, count, weights)
     distances.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-    assert torch.equal(_together(distances, first, count), expected)
+    assert torch.equal(_together(distances, first, count, weights), expected)
     assert expected.sum(1).tolist() == [count] * 3
+
+
+def test_a_larger_budget_keeps_what_a_smaller_one_kept(tmp_path: Path) -> None:
+    book, tokens = codebook_of(tmp_path, noise(5, 1)), tokens_of(noise(30, 2))
+    masks = [set(kept(CodebookDiversityPruner(book, keep_tokens=k), tokens)) for k in range(1, 30)]
+    assert all(fewer < more for fewer, more in pairwise(masks))
 
 
 def test_a_threshold_needs_scores() -> None:
