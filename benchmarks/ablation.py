@@ -82,7 +82,7 @@ VARIANTS = (
     *(Variant(f"strength {x}", pruner={"strength": x}) for x in (0.0, 0.005, 0.04, 0.2, 1.0)),
     *(Variant(f"spread {x}", pruner={"spread": x}) for x in (0.0, 0.4, 1.6)),
     *(Variant(f"remove above {x}, then fill", pruner={"remove_above": x}) for x in (0.5, 0.7, 0.9)),
-    *(Variant(f"mean of top {k} cosines", pruner={"top_k": k}) for k in (4, 16)),
+    *(Variant(f"mean of top {k} cosines" if k > 1 else "largest cosine", pruner={"top_k": k}) for k in (1, 16)),
     selection("members of 64 clusters", prototypes="members", inter_clusters=64),
     selection("centroids of 64 clusters", inter_clusters=64),
     selection("centroids of 2 clusters", inter_clusters=2, min_images=0),

@@ -134,7 +134,7 @@ class Codebook:
 
         Args:
             tokens: [n, d].
-            top_k: mean of this many largest cosines instead of the largest.
+            top_k: mean of this many largest cosines instead of the largest; of all, where there are fewer prototypes.
         """
         self._check(tokens)
         prototypes = self.unit_prototypes(tokens.device, tokens.dtype)
@@ -144,7 +144,7 @@ class Codebook:
             best = functools.reduce(torch.maximum, (product.amax(-1) for product in products)).float()
         else:
             largest = torch.cat([product.topk(min(top_k, product.shape[1])).values for product in products], 1)
-            best = largest.topk(top_k).values.float().mean(-1)
+            best = largest.topk(min(top_k, len(self))).values.float().mean(-1)
         norms: Tensor = torch.linalg.vector_norm(tokens, dim=-1, dtype=torch.float32)
         return best / norms.clamp_min(SMALLEST_NORM)
 

@@ -41,12 +41,13 @@ def codebook_diversity(
     *,
     strength: float = 0.02,
     spread: float = 0.8,
-    top_k: int = 1,
+    top_k: int = 4,
     remove_above: float | None = None,
     centring: bool = True,
 ) -> list[int]:
     """Tokens in the order they are chosen."""
-    redundancy = [sum(sorted(cosine(v, p) for p in prototypes)[-top_k:]) / top_k for v in vectors]
+    largest = [sorted(cosine(v, p) for p in prototypes)[-top_k:] for v in vectors]
+    redundancy = [sum(few) / len(few) for few in largest]
     places = centered(vectors) if centring else vectors
     side = max(max(cell) for cell in cells) + 1
 

@@ -39,7 +39,7 @@ class CodebookDiversityPruner(Pruner):
         strength: the share of tokens kept up to which redundancy weighs fully; 0 is diversity alone, started at the least
             redundant token; 1 weighs fully throughout.
         spread: weight of the distance in the picture, whose longer side is 1; 0 is the embeddings alone.
-        top_k: redundancy is the mean of this many largest cosines to prototypes.
+        top_k: redundancy is the mean of this many largest cosines to prototypes (of all, where the codebook has fewer).
         centered: subtract the mean of an image's embeddings before they are compared with each other.
         positions: "original" by default: every method lost less with it where that was measured (docs/accuracy.md).
 
@@ -51,7 +51,7 @@ class CodebookDiversityPruner(Pruner):
     remove_above: float | None = field(default=None, kw_only=True)
     strength: float = field(default=0.02, kw_only=True)
     spread: float = field(default=0.8, kw_only=True)
-    top_k: int = field(default=1, kw_only=True)
+    top_k: int = field(default=4, kw_only=True)
     centered: bool = field(default=True, kw_only=True)
     positions: Positions = field(default="original", kw_only=True)
 
@@ -62,8 +62,8 @@ class CodebookDiversityPruner(Pruner):
         for name in ("strength", "spread"):
             if not 0 <= (value := getattr(self, name)) < math.inf:
                 raise UserError(f"{name} must be a finite number >= 0, not {value!r}")
-        if not 1 <= self.top_k <= len(self.codebook):
-            raise UserError(f"top_k must be between 1 and the codebook's {len(self.codebook)} prototypes, not {self.top_k!r}")
+        if self.top_k < 1:
+            raise UserError(f"top_k must be at least 1, not {self.top_k!r}")
 
     def check(self, adapter: VLMAdapter) -> None:
         """Refuse a model the codebook was not built from."""
