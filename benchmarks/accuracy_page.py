@@ -47,9 +47,10 @@ place of the right one show what language alone answers."""
 ABLATION = """## What each choice is worth
 
 Codebook and diversity, one change at a time, {questions} validation questions about one image; cells: percent of unpruned.
-The method keeps, one after another, the token farthest from what is kept. *Strength* is the exponent of (1 - redundancy), by
-which that distance is multiplied: 0 leaves the codebook out. *Spread* is the weight of the distance in the picture beside the
-distance of embeddings. "Known objects" is no method but a yardstick: it is told the objects' boxes. It is no upper bound."""
+The method keeps, one after another, the token farthest from what is kept, that distance multiplied by (1 - redundancy) ** e.
+The exponent e is 1 until the share of tokens kept reaches *strength*, then falls as strength / share: strength 0 leaves the
+codebook out, 1 weighs fully throughout. *Spread* is the weight of the distance in the picture beside the distance of
+embeddings. "Known objects" is no method but a yardstick: it is told the objects' boxes. It is no upper bound."""
 INFLUENCE = """## Does attention say what matters?
 
 The *influence J* of a visual token is what the probe experiments measure: how far the model's answer moves, as a weighted sum
