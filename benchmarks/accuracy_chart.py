@@ -14,6 +14,7 @@ COLORS = {
     "DivPrune": "#c2410c",
     "CDPruner": "#15803d",
     "VisionZip": "#7e22ce",
+    "EVS": "#a16207",
     "codebook": "#60a5fa",
     "uniform": "#6b7280",
     "random": "#6b7280",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 from benchmarks import OURS, ROOT
 from benchmarks.bars import accuracy_bars, bars_table
 from benchmarks.findings import findings, signed
-from benchmarks.pages import Report, listed, load_if_there, origin, outdated, share, table, update
-from benchmarks.suites import Row, Suite, measured
+from benchmarks.pages import Report, listed, load, load_if_there, origin, outdated, share, table, update
+from benchmarks.suites import Row, Suite, suites_of
 
 PAGE, CHART = ROOT / "docs" / "accuracy.md", ROOT / "docs" / "accuracy.png"
 BY_FAMILY = (0.22, 0.11)
@@ -193,8 +193,8 @@ SECTIONS: dict[str, Callable[[Report], str]] = {
 
 def page() -> str:
     """The whole page."""
-    tables = measured()
-    suites = [suite for _, found in tables.values() for suite in found]
+    accuracy = load("accuracy")
+    suites = suites_of(accuracy)
     reports = {name: report for name in SECTIONS if (report := load_if_there(name)) is not None}
     return (
         "\n\n".join(
@@ -203,13 +203,14 @@ def page() -> str:
                 [
                     INTRO,
                     FINDINGS,
-                    outdated_note(reports | {name: report for name, (report, _) in tables.items()}),
+                    outdated_note({"accuracy": accuracy, **reports}),
                     "\n".join(f"* {bullet}" for bullet in findings(suites, reports)),
                     BARS,
                     bars_table(list(accuracy_bars(suites[0]))),
                     "![Accuracy against visual tokens](accuracy.png)",
                     READING,
-                    *(suites_with_origin(*pair, name) for name, pair in tables.items()),
+                    *(suite_section(suite) for suite in suites),
+                    f"From {origin('accuracy', accuracy)}",
                     tokens_section(suites[0]),
                     *(SECTIONS[name](report) for name, report in reports.items()),
                 ],
@@ -225,11 +226,6 @@ def outdated_note(reports: Mapping[str, Report]) -> str:
     return f"Not measured again since the reference VLM was last trained: {listed(names)}." if names else ""
 
 
-def suites_with_origin(report: Report, suites: Sequence[Suite], name: str) -> str:
-    """The sections of one result file, and where they come from."""
-    return "\n\n".join([*(suite_section(suite) for suite in suites), f"From {origin(name, report)}"])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only compare the page with the results")
@@ -238,7 +234,7 @@ def main() -> None:
     if not check:
         from benchmarks.accuracy_chart import draw
 
-        draw([suite for _, found in measured().values() for suite in found], CHART)
+        draw(suites_of(load("accuracy")), CHART)
 
 
 if __name__ == "__main__":

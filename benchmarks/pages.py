@@ -16,7 +16,7 @@ from reference_vlm import CHECKPOINT
 Report = dict[str, Any]
 """A result file: its command, commit, device and `rows`."""
 LONGEST_COMMAND = 70
-ASKED = ("accuracy", "accuracy_suites", "ablation", "context", "influence")
+ASKED = ("accuracy", "ablation", "context", "influence")
 """Results that are of the reference VLM's answers, and so of its weights."""
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import OURS
-from benchmarks.pages import Report, load, load_if_there, share
+from benchmarks.pages import Report, load, share
 
 Row = dict[str, Any]
 NAMES = {
@@ -83,18 +83,6 @@ def suites_of(report: Report) -> list[Suite]:
     return [Suite(name, own) for name in NAMES if (own := [r for r in rows if r["suite"] == name])]
 
 
-def measured() -> dict[str, tuple[Report, list[Suite]]]:
-    """Result file -> its report and suites: accuracy.json, then of accuracy_suites.json what the first does not have."""
-    report = load("accuracy")
-    found = {"accuracy": (report, suites_of(report))}
-    others = load_if_there("accuracy_suites")
-    if others is not None:
-        known = {suite.name for suite in found["accuracy"][1]}
-        if rest := [suite for suite in suites_of(others) if suite.name not in known]:
-            found["accuracy_suites"] = (others, rest)
-    return found
-
-
 def image_suite() -> Suite:
     """The suite of one image, which every page leads with."""
-    return next(suite for _, suites in measured().values() for suite in suites if suite.name == "image")
+    return next(suite for suite in suites_of(load("accuracy")) if suite.name == "image")

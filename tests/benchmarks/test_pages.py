@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import OURS, accuracy_page, cost_tables, findings, pages, suites
+from benchmarks import OURS, accuracy_page, cost_tables, findings, pages
 from benchmarks.accuracy_chart import draw, spread
 from benchmarks.bars import Verdict, accuracy_bars, build_bars, two_lists
 from benchmarks.report import weights_digest
@@ -138,22 +138,15 @@ def test_a_page_needs_no_more_than_the_accuracy(results: Any) -> None:
     results("accuracy", rows({"random": (9.0, 8.0, 10.0)}))
     text = accuracy_page.page()
     assert "## One image" in text
-    for absent in ("## Text dropped", "## What each choice", "## Does attention", "## Tokens inside", "accuracy_suites"):
+    for absent in ("## Text dropped", "## What each choice", "## Does attention", "## Tokens inside"):
         assert absent not in text
 
 
-def test_suites_measured_twice_appear_once(results: Any) -> None:
-    results("accuracy", rows({"random": (9.0, 8.0, 10.0)}))
-    others = [r | {"suite": name} for name in ("image", "video") for r in rows({"random": (1.0, -1.0, 2.0)}, percent=50.0)]
-    results("accuracy_suites", others)
-    found = suites.measured()
-    assert [(name, [s.name for s in own]) for name, (_, own) in found.items()] == [
-        ("accuracy", ["image"]),
-        ("accuracy_suites", ["video"]),
-    ]
+def test_every_suite_has_its_section(results: Any) -> None:
+    results("accuracy", [r | {"suite": name} for name in ("video", "image") for r in rows({"random": (9.0, 8.0, 10.0)})])
     text = accuracy_page.page()
-    assert text.count("## One image") == text.count("## Videos of four frames") == 1
-    assert "95.0 (94..96)" in text
+    assert 0 < text.index("## One image") < text.index("## Videos of four frames")
+    assert text.count("From [accuracy.json]") == 1
 
 
 def test_context_appears_once_it_was_measured(results: Any) -> None:
