@@ -26,14 +26,17 @@ FINDINGS = f"""## Findings
 
 "{OURS}" is this project's own method, "codebook" the ranking of the paper it builds on. In parentheses: points of
 percent by which ours is ahead, and the paired 95% interval; "not told apart" means that the interval includes zero."""
-BARS = 'The bars that were set before anything was measured; "level with" means that the interval includes zero:'
+BARS = 'The bars that were set before anything was measured, for one image; "level with" means that the interval includes zero:'
 READING = """## How to read the tables
 
 * Every method answers the same held-out questions; nothing was tuned on them. The codebook's images are none of theirs.
+* Our own method's parameters were chosen among several dozen settings, by validation questions to this same model about one
+  image (benchmarks/LOG.md). No parameter of the other methods was tuned: part of any lead may be that.
 * A column is a budget: the share of visual tokens, averaged over the decoder's layers. A method inside the decoder lets all
   tokens enter and has to make up for it later; where no schedule can, its cell is empty.
 * A cell is the percentage of the unpruned model's accuracy, with a 95% interval (bootstrap over questions, paired). It
-  may exceed 100%: the pruned model is then right about questions that the unpruned one gets wrong, mostly by chance.
+  may exceed 100%: the pruned model is then right about questions that the unpruned one gets wrong, by chance or because what
+  is left gives the answer away (a method that keeps what changes between frames, asked what moves).
 * Controls come first (random, uniform, pool, smaller picture): a method that does not beat them has shown nothing.
 * Methods keep original positions unless their name says "compact positions"."""
 INSIDE = """## Tokens inside the decoder
@@ -50,7 +53,8 @@ Codebook and diversity, one change at a time, {questions} validation questions a
 The method keeps, one after another, the token farthest from what is kept, that distance multiplied by (1 - redundancy) ** e.
 The exponent e is 1 until the share of tokens kept reaches *strength*, then falls as strength / share: strength 0 leaves the
 codebook out, 1 weighs fully throughout. *Spread* is the weight of the distance in the picture beside the distance of
-embeddings. "Known objects" is no method but a yardstick: it is told the objects' boxes. It is no upper bound."""
+embeddings. The default was chosen by validation questions that include these, which flatters its row; each codebook was built
+once. "Known objects" is no method but a yardstick: it is told the objects' boxes. It is no upper bound."""
 INFLUENCE = """## Does attention say what matters?
 
 The *influence J* of a visual token is what the probe experiments measure: how far the model's answer moves, as a weighted sum

@@ -60,6 +60,17 @@ def families(suite: Suite, ratio: float) -> str:
     return "; ".join(sentences) + "."
 
 
+def where_behind(suite: Suite) -> str:
+    """Of every row that is ahead of ours, how both stand by family: an average may hide that one family decides."""
+    out = []
+    for ratio in suite.ratios:
+        for rival in (r["method"] for r in suite.rivals(ratio) if r["ours_ahead_ci95"][1] < 0):
+            both = [(f, suite.kept(rival, ratio, f), suite.kept(OURS, ratio, f)) for f in suite.families]
+            values = ", ".join(f"{f} {a:.0f} to {b:.0f}" for f, a, b in both if a is not None and b is not None)
+            out.append(f"\n  * {rival} against ours by family at {share(ratio)}: {values}.")
+    return "".join(out)
+
+
 def weak_families(suite: Suite) -> str:
     """Families the unpruned model hardly answers itself, empty where there are none."""
     weak = [f for f in suite.families if suite.full(f)["accuracy"] < COIN]
@@ -67,7 +78,7 @@ def weak_families(suite: Suite) -> str:
         return ""
     named = listed([f"{f} ({100 * suite.full(f)['accuracy']:.0f}% right)" for f in weak])
     coin = " A yes or no by chance is right half the time: `relation` is close to a coin flip." if "relation" in weak else ""
-    return f"Unpruned, the model itself is weak at {named}: differences between methods say little there.{coin}"
+    return f"Unpruned, on {suite.title}, the model is weak at {named}: differences between methods say little there.{coin}"
 
 
 def reading_and_place(suite: Suite) -> str:
@@ -178,8 +189,8 @@ def findings(suites: Sequence[Suite], reports: dict[str, Report]) -> list[str]:
     """Bullets for the top of the page; `reports` holds ablation and influence where they were measured."""
     image = suites[0]
     bullets = {
-        **{f"Against the others, {suite.title}": standings(suite) for suite in suites},
-        "What is lost": " ".join(filter(None, (families(image, image.ratios[-1]), weak_families(image)))),
+        **{f"Against the others, {suite.title}": standings(suite) + where_behind(suite) for suite in suites},
+        "What is lost": " ".join(filter(None, (families(image, image.ratios[-1]), *map(weak_families, suites)))),
         "Reading and grounding": reading_and_place(image),
         "Positions": positions(image),
         "The paper's rule": paper_and_grid(image),

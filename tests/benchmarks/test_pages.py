@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import OURS, accuracy_page, cost_tables, findings, pages
+from benchmarks import OURS, accuracy_page, cost_tables, findings, pages, readme
 from benchmarks.accuracy_chart import draw, spread
 from benchmarks.bars import Verdict, accuracy_bars, build_bars, two_lists
 from benchmarks.report import weights_digest
@@ -64,6 +64,24 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         (tmp_path / f"{name}.json").write_text(json.dumps(ENVELOPE | {"rows": found}))
 
     return write
+
+
+def test_rows_ahead_of_ours_are_shown_by_family() -> None:
+    suite = Suite("image", rows({"random": (9.0, 8.0, 10.0), "DivPrune": (0.5, -0.1, 1.1), "CDPruner": (-2.0, -3.0, -1.0)}))
+    text = findings.where_behind(suite)
+    assert text.count("CDPruner against ours") == len(BUDGETS)
+    assert "CDPruner against ours by family at 22%: read 97 to 95, relation 97 to 95." in text
+    assert "DivPrune" not in text
+    assert findings.where_behind(Suite("image", rows({"DivPrune": (0.5, -0.1, 1.1)}))) == ""
+
+
+def test_budgets_are_clear_only_of_every_row() -> None:
+    clear, level = (
+        Suite("image", rows({"random": (9.0, 8.0, 10.0)})),
+        Suite("video", rows({"a": (9.0, 8, 10), "b": (1.0, 0, 2)})),
+    )
+    count = len(BUDGETS)
+    assert readme.clear_budgets([clear, level]) == f"one image {count} of {count}; videos of four frames 0 of {count}"
 
 
 def test_sentences_follow_the_intervals() -> None:
