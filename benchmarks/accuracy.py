@@ -30,8 +30,6 @@ from reference_vlm.scenes import GRID, render
 from reference_vlm.suites import SUITES, Prompt, make_suite
 
 RATIOS = (0.5, 0.33, 0.22, 0.11, 0.056)
-RATIOS_OF = {"text": (0.22, 0.11)}
-"""Where prompts are long: fewer budgets, as a question takes ten times as long there."""
 
 
 def interval(full: NDArray[np.bool_], pruned: NDArray[np.bool_], seed: int, draws: int = 2000) -> tuple[float, float]:
@@ -103,8 +101,7 @@ def at_budget(exam: Exam, ratio: float) -> Exam:
 def pruners_of(suite: str, args: argparse.Namespace, setting: Callable[[float], Setting]) -> dict[tuple[float, str], Any]:
     """(ratio, method) -> pruner: what was asked for, else the suite's own methods and budgets, as far as there are any."""
     methods = args.methods or [name for name, method in METHODS.items() if suite in method.suites]
-    ratios = args.ratios or RATIOS_OF.get(suite, RATIOS)
-    made = {(ratio, name): METHODS[name].make(setting(ratio)) for ratio in ratios for name in methods}
+    made = {(ratio, name): METHODS[name].make(setting(ratio)) for ratio in args.ratios or RATIOS for name in methods}
     return {key: pruner for key, pruner in made.items() if pruner is not None}
 
 
@@ -114,7 +111,7 @@ def main() -> None:
     parser.add_argument("--paper-codebook", type=Path, help="default: selected from the same scores; with --codebook: none")
     parser.add_argument("--suites", nargs="+", choices=tuple(SUITES), help="default: all")
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), help="default: those of each suite")
-    parser.add_argument("--ratios", nargs="+", type=float, choices=RATIOS, help="default: all; of texts two")
+    parser.add_argument("--ratios", nargs="+", type=float, choices=RATIOS, help="default: all")
     parser.add_argument("--questions", type=int, default=2016, help="a suite, spread evenly over its families")
     parser.add_argument("--split", default="test")
     parser.add_argument("--seed", type=int, default=0)
