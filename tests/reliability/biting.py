@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from pathlib import Path
 from typing import Any
 
 from codebook_builder import worker
@@ -41,13 +42,26 @@ class BitingActor(ShardActor):
 
 
 class RaisingActor(ShardActor):
-    """Raises on every attempt before the one that the shard's name ends in; says on which GPUs it ran."""
+    """Raises on every attempt before the one that the shard's name ends in."""
+
+    def process(self, task: ShardTask) -> ShardResult:
+        if task.attempt < int(task.shard.name[-1]):
+            raise RuntimeError(f"attempt {task.attempt} of {task.shard.name}")
+        return ShardResult(task.shard.name, 1, 1, ())
+
+
+class MeetingActor(ShardActor):
+    """Waits in the task's folder until workers on two GPUs are there, however long one takes to start; says on which it ran."""
 
     def process(self, task: ShardTask) -> ShardResult:
         import ray
 
-        if task.attempt < int(task.shard.name[-1]):
-            raise RuntimeError(f"attempt {task.attempt} of {task.shard.name}")
-        time.sleep(0.1)
         gpus = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+        for gpu in gpus:
+            (Path(task.folder) / gpu).touch()
+        deadline = time.monotonic() + 90
+        while len(list(Path(task.folder).iterdir())) < 2:
+            if time.monotonic() > deadline:
+                raise RuntimeError("no second worker came")
+            time.sleep(0.05)
         return ShardResult(task.shard.name, 1, 1, tuple(Skipped(key=gpu, reason="is the GPU it ran on") for gpu in gpus))
