@@ -20,10 +20,11 @@ from codebook_schemas import UserError
 
 
 class SharedPrefix:
-    """Keys and values of positions every run begins with. Never changed by the runs that use it."""
+    """Keys and values of positions every run begins with: one sequence for all, or one of each image. Runs that use it do not
+    change it."""
 
     def __init__(self, cache: Any) -> None:
-        """Take over a decoder's output cache of batch 1.
+        """Take over a decoder's output cache of batch 1, or of one row an image.
 
         Raises:
             UserError: a layer's cache is not the plain, growing kind (sliding windows and linear attention forget what a
@@ -34,31 +35,37 @@ class SharedPrefix:
             raise UserError(f"probing needs full attention in every layer; this model also has {', '.join(sorted(kinds))}")
         self._cache = cache
 
-    def rows(self, length: int, rows: int) -> Any:
-        """A cache holding the first `length` positions for `rows` runs, without copying them.
+    def rows(self, length: int, image: Tensor) -> Any:
+        """A cache holding the first `length` positions for runs of these images [m], without copying them.
 
         Its layers hand (shared, new) keys and values to the attention and forget the new ones, so one forward pass holds the
         joined keys and values of one layer at a time, not of all.
         """
-        view = copy.copy(self._cache)
-        view.layers = [copy.copy(layer) for layer in self._cache.layers]
+        view = self.growing(length)
         for layer in view.layers:
-            layer.keys = layer.keys[:, :, :length].expand(rows, -1, -1, -1)
-            layer.values = layer.values[:, :, :length].expand(rows, -1, -1, -1)
-            layer.update = partial(_joined, layer.keys, layer.values)
+            layer.update = partial(_joined, layer.keys, layer.values, image)
         return view
 
-    def growing(self, length: int) -> Any:
-        """A cache of batch 1 that starts with the first `length` positions and keeps what is added."""
+    def growing(self, length: int, rows: int | None = None) -> Any:
+        """A cache that starts with the first `length` positions, of one sequence for `rows` runs, and keeps what is added."""
         grown = copy.copy(self._cache)
         grown.layers = [copy.copy(layer) for layer in self._cache.layers]
         for layer in grown.layers:
-            layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+            keys, values = layer.keys[:, :, :length], layer.values[:, :, :length]
+            layer.keys, layer.values = (t if rows is None else t.expand(rows, -1, -1, -1) for t in (keys, values))
         return grown
 
 
-def _joined(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    return torch.cat([keys, new_keys], dim=-2), torch.cat([values, new_values], dim=-2)
+def _joined(
+    keys: Tensor, values: Tensor, image: Tensor, new_keys: Tensor, new_values: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor]:
+    pairs = ((keys, new_keys), (values, new_values))
+    joined = [torch.cat([_of_each(shared, image), new], dim=-2) for shared, new in pairs]
+    return joined[0], joined[1]
+
+
+def _of_each(shared: Tensor, image: Tensor) -> Tensor:
+    return shared.expand(len(image), -1, -1, -1) if len(shared) == 1 else shared.index_select(0, image)
 
 
 @contextmanager
@@ -80,6 +87,10 @@ def _last_position(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (args[0][:, -1:].contiguous(), *args[1:])  # a view would be multiplied row by row
 
 
+Shape = tuple[int, int, int]
+"""Of a batch: positions in front that are cached, runs, computed positions of each."""
+
+
 class ReadOut:
     """Logits of the last position of many runs, batched under a budget of positions (rows x computed length).
 
@@ -89,9 +100,9 @@ class ReadOut:
 
     def __init__(self, adapter: VLMAdapter, head: Any, tokens_per_batch: int) -> None:
         """Take the adapter of a model, its LM head and the budget; a single run may exceed the budget."""
-        self._adapter, self._decoder, self._head, self._budget = adapter, adapter.decoder, head, tokens_per_batch
+        self._adapter, self._decoder, self._head, self.budget = adapter, adapter.decoder, head, tokens_per_batch
         self._cost = DecoderCost.of(self._decoder, head, trimmed=True)
-        self._too_large: set[tuple[int, int, int]] = set()
+        self._too_large: set[Shape] = set()
         self.reset()
 
     def reset(self) -> None:
@@ -99,14 +110,27 @@ class ReadOut:
         self.tokens_computed = self.rows_computed = self.memory_splits = 0
         self.flops = 0.0
 
-    def extend(self, prefix: SharedPrefix | None, length: int, table: Table, run: Runs) -> tuple[SharedPrefix | None, Tensor]:
-        """Do one run [1, q] behind the first `length` positions of `prefix` (None: from nothing).
+    def is_too_large(self, shape: Shape) -> bool:
+        """Whether memory ran out for it before."""
+        return shape in self._too_large
+
+    def give_up(self, shape: Shape) -> None:
+        """Memory ran out: this is to be halved, now and from now on."""
+        self._too_large.add(shape)
+        self.memory_splits += 1
+        if self._head.weight.is_cuda:
+            torch.cuda.empty_cache()
+
+    def extend(self, prefix: SharedPrefix | None, length: int, table: Table, runs: Runs) -> tuple[SharedPrefix | None, Tensor]:
+        """Do one run an image [m, q] behind the first `length` positions of a `prefix` of one sequence (None: from nothing).
 
         Returns:
-            The prefix grown to length + q positions (None: this kind shares nothing), and the last position's logits [1, V].
+            The prefix of every image, grown to length + q positions (None: this kind shares nothing), and the last position's
+            logits [m, V].
         """
-        out = self._run(table, run.to(table.embeddings.device), None if prefix is None else prefix.growing(length))
-        self._count(length, *run.index.shape)
+        cache = None if prefix is None else prefix.growing(length, len(runs.index))
+        out = self._run(table, runs.to(table.embeddings.device), cache)
+        self._count(length, *runs.index.shape)
         return SharedPrefix(out.past_key_values), self._head(out.last_hidden_state[:, -1])
 
     def logits(self, prefix: SharedPrefix | None, length: int, table: Table, runs: Runs) -> Iterator[tuple[slice, Tensor]]:
@@ -117,7 +141,7 @@ class ReadOut:
         Raises:
             RuntimeError: memory does not suffice for a single run.
         """
-        rows = max(1, self._budget // runs.index.shape[1])
+        rows = max(1, self.budget // runs.index.shape[1])
         first = 0
         for part in runs.to(table.embeddings.device).split(math.ceil(len(runs.index) / rows)):
             yield from self._attempt(prefix, length, table, part, first)
@@ -128,8 +152,8 @@ class ReadOut:
     ) -> Iterator[tuple[slice, Tensor]]:
         # A batch shape that once failed is halved at once the next time, exactly as it was after failing; other shapes are
         # still tried. So how an image is batched, and every bit of its scores, does not depend on the images before it.
-        shape = (length, *runs.index.shape)
-        if shape not in self._too_large:
+        shape: Shape = (length, *runs.index.shape)
+        if not self.is_too_large(shape):
             try:
                 found = self._forward(prefix, length, table, runs)
             except RuntimeError as error:
@@ -138,16 +162,13 @@ class ReadOut:
             else:
                 yield slice(first, first + len(runs.index)), found
                 return
-            self._too_large.add(shape)
-            self.memory_splits += 1
-            if table.embeddings.is_cuda:
-                torch.cuda.empty_cache()
+            self.give_up(shape)
         for half in runs.split(2):
             yield from self._attempt(prefix, length, table, half, first)
             first += len(half.index)
 
     def _forward(self, prefix: SharedPrefix | None, length: int, table: Table, runs: Runs) -> Tensor:
-        out = self._run(table, runs, None if prefix is None else prefix.rows(length, len(runs.index)))
+        out = self._run(table, runs, None if prefix is None else prefix.rows(length, runs.image))
         logits: Tensor = self._head(out.last_hidden_state[:, -1])
         self._count(length, *runs.index.shape)
         return logits
@@ -168,9 +189,9 @@ class ApartReadOut(ReadOut):
     shared. Every run begins with the prompt's first token, `prefix` and `length` are not looked at, and `Table.visual` says
     which columns are an image's."""
 
-    def extend(self, prefix: SharedPrefix | None, length: int, table: Table, run: Runs) -> tuple[None, Tensor]:
+    def extend(self, prefix: SharedPrefix | None, length: int, table: Table, runs: Runs) -> tuple[None, Tensor]:
         """See `ReadOut.extend`."""
-        return None, self._forward(None, 0, table, run.to(table.embeddings.device))
+        return None, self._forward(None, 0, table, runs.to(table.embeddings.device))
 
     def _forward(self, prefix: SharedPrefix | None, length: int, table: Table, runs: Runs) -> Tensor:
         return super()._forward(None, 0, table, runs)

@@ -1,27 +1,27 @@
-"""The offline experiments: how redundant is every visual token of an image (arXiv 2503.20540, section 3).
+"""Probing images with a model: which of their tokens are asked about, and which images share the work.
 
-Per token: its top-1 probability alone (single-input), how far its 3 x 3 neighbourhood's answer moves without it (region) and
-how far the image's answer moves without that neighbourhood (global). Each experiment is one forward pass, read at the last
-position; `runs` says what a pass sees, `forward` how passes share work, `divergence` what is measured.
+The experiments themselves are in `experiments`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from codebook_builder.costs import ProbeCounters, Work, measured_peak
-from codebook_builder.divergence import Candidates, top1_probability
+from codebook_builder.experiments import AlikeImages, Experiments
 from codebook_builder.forward import ApartReadOut, ReadOut, SharedPrefix, last_position_only
 from codebook_builder.prompt import SplitPrompt, ablation_embedding, plain_prompt, split_prompt
-from codebook_builder.runs import ImageRuns, Runs, Table, grids, text_runs
+from codebook_builder.runs import ImageRuns, Probed, Table, grids, text_runs
 from codebook_builder.sampling import sample_tokens
 from codebook_builder.scores import Floats, ImageScores
 from codebook_builder.vision import IMAGES_AT_ONCE, encoded
@@ -34,15 +34,20 @@ AUTO_BUDGET = {"cpu": 2048, "cuda": 16_384}
 Fixed numbers, not measured ones: another batch size would change the last bits of scores from one worker to the next."""
 
 
-@dataclass
-class OneImage:
-    """What the experiments of one image share: the text before it and how many positions of that count, the table of
-    embeddings (see `runs`), and, once it was run, the whole image."""
+@dataclass(frozen=True)
+class Seen:
+    """An image behind the vision tower; `embeddings`: those of its visual tokens, float32 on the CPU."""
 
-    chat: SharedPrefix | None
-    length: int
-    table: Table
-    whole: tuple[SharedPrefix | None, Tensor] | None = None
+    key: str
+    prompt: SplitPrompt
+    visual: VisualTokens
+    embeddings: Tensor
+
+    @cached_property
+    def layout(self) -> tuple[bytes, ...]:
+        """Equal for images that differ in nothing but their pixels; these share batches."""
+        parts = (self.prompt.prefix, self.prompt.inner, self.prompt.suffix, self.visual.position, self.visual.frame)
+        return tuple(b"" if part is None else part.cpu().numpy().tobytes() for part in parts)
 
 
 class Prober:
@@ -82,8 +87,8 @@ class Prober:
     def probe(self, images: Sequence[Image.Image], keys: Sequence[str]) -> list[ImageScores]:
         """Scores of every image, in order.
 
-        In the LLM images never share a batch, an image's own tokens fill it. In the vision tower they do, `IMAGES_AT_ONCE` at a
-        time: the same images in the same order give the same bits.
+        `IMAGES_AT_ONCE` at a time share batches, in the vision tower and, where their prompts are alike, in the LLM: the same
+        images in the same order give the same bits.
 
         Raises:
             UserError: an image's visual tokens form no grid, or its tokens cannot be sampled as configured.
@@ -107,14 +112,18 @@ class Prober:
         return replace(prompt, inputs=pinned)
 
     def probe_prepared(self, prompts: Sequence[SplitPrompt], keys: Sequence[str]) -> list[ImageScores]:
-        """Scores of some images, which go through the vision tower together; see `probe`."""
+        """Scores of some images, which go through the model together; see `probe`."""
+        found: dict[int, ImageScores] = {}
         with torch.inference_mode(), last_position_only(self._adapter.decoder):
             started = time.perf_counter()
             visual = [(tokens, tokens.embeddings.float().cpu()) for tokens in encoded(self._adapter, prompts)]
+            seen = [Seen(key, prompt, *tokens) for key, prompt, tokens in zip(keys, prompts, visual, strict=True)]
             self.counters.vision_seconds += time.perf_counter() - started
-            found = [self._probe_image(*seen, *of) for seen, of in zip(visual, zip(prompts, keys, strict=True), strict=True)]
+            for layout in dict.fromkeys(image.layout for image in seen):
+                alike = [number for number, image in enumerate(seen) if image.layout == layout]
+                found |= zip(alike, self._scores([seen[number] for number in alike]), strict=True)
         self._publish()
-        return found
+        return [found[number] for number in range(len(seen))]
 
     def take_work(self) -> Work:
         """What was done since the last call, measured against this device's peak."""
@@ -144,105 +153,68 @@ class Prober:
         vectors: Tensor = self._embed(ids.to(self._embed.weight.device))
         return vectors
 
-    def _probe_image(self, visual: VisualTokens, embeddings: Tensor, prompt: SplitPrompt, key: str) -> ImageScores:
-        """Scores of one image; `embeddings` are those of its visual tokens, float32 on the CPU."""
+    def _scores(self, seen: Sequence[Seen]) -> list[ImageScores]:
+        """Scores of images with one layout, which share batches."""
         started = time.perf_counter()
+        prompt, visual = seen[0].prompt, seen[0].visual
         place = self._adapter.visual_mask(prompt.inner).nonzero().flatten()
         cells = grids(visual.position.cpu(), None if visual.frame is None else visual.frame.cpu())
         flat = torch.cat([grid.flatten() for grid in cells])
-        similarity = None if visual.cls_similarity is None else visual.cls_similarity.cpu()[flat].float().numpy()
-        token = sample_tokens(self._config, len(flat), key, self._seed, similarity)
-        inner = self._embedded(prompt.inner).index_copy(0, place.to(visual.embeddings.device), visual.embeddings)
-        table = torch.cat([inner, self._ablated, self._embedded(prompt.suffix), self._embedded(prompt.prefix)])
-        features = visual.layer_features
-        if features is not None:
-            features = features.new_zeros(len(table), *features.shape[1:]).index_copy(0, place.to(features.device), features)
-        slots = torch.zeros(len(table), dtype=torch.bool, device=table.device)
-        slots[place.to(table.device)] = slots[len(inner)] = True
-        shared = OneImage(*self._chat(prompt), Table(table, features, slots))
-        scores, start = [], 0
+        sampled = [self._sampled(image, flat) for image in seen]
+        images = AlikeImages(len(seen), *self._chat(prompt), self._table(place, seen))
+        asked, counts, start = [], [], 0
         for grid in cells:
-            mine = token[(token >= start) & (token < start + grid.numel())] - start
-            if len(mine):
-                lengths = len(inner), shared.length, len(prompt.suffix)
-                runs = ImageRuns(place[grid], *lengths, self._config.ablation, self._apart)
-                scores.append(self._experiments(shared, runs, torch.from_numpy(mine)))
+            mine = [token[(token >= start) & (token < start + grid.numel())] - start for token, _ in sampled]
             start += grid.numel()
-        single, region, whole = np.concatenate(scores, axis=1)
-        self.counters.images += 1
+            if not any(map(len, mine)):
+                continue
+            counts.append([len(token) for token in mine])
+            owner = torch.from_numpy(np.repeat(np.arange(len(seen)), counts[-1]))
+            lengths = len(prompt.inner), len(prompt.prefix), len(prompt.suffix)
+            runs = ImageRuns(place[grid], *lengths, self._config.ablation, self._apart)
+            asked.append((runs, Probed(owner, torch.from_numpy(np.concatenate(mine)))))
+        scores = Experiments(images, self._read, self._config, self._thresholds, self.counters).scores(asked)
+        parts = [np.split(of, np.cumsum(own)[:-1], axis=1) for of, own in zip(scores, counts, strict=True)]
+        self.counters.images += len(seen)
         self.counters.llm_seconds += time.perf_counter() - started
-        chosen = flat[torch.from_numpy(token)]
-        return ImageScores(
-            key=key,
-            token=token.astype(np.int32),
-            position=visual.position.cpu()[chosen].numpy().astype(np.int16),
-            top1_prob=single,
-            region_divergence=region,
-            global_divergence=whole,
-            cls_similarity=None if similarity is None else similarity[token],
-            embeddings=embeddings[chosen].numpy(),
-        )
+        return [
+            _image_scores(image, flat, *tokens, np.concatenate(own, axis=1))
+            for image, tokens, own in zip(seen, sampled, zip(*parts, strict=True), strict=True)
+        ]
 
-    def _experiments(self, image: OneImage, runs: ImageRuns, tokens: Tensor) -> tuple[Floats, Floats, Floats]:
-        """The cascade: an experiment is run only where the ones before it leave the outcome open.
+    def _sampled(self, image: Seen, flat: Tensor) -> tuple[NDArray[np.int64], Floats | None]:
+        """Which tokens of an image to probe, as indices into `flat`, its tokens grid by grid, and its [CLS] similarities."""
+        near = image.visual.cls_similarity
+        similarity = None if near is None else near.cpu()[flat].float().numpy()
+        return sample_tokens(self._config, len(flat), image.key, self._seed, similarity), similarity
 
-        Low-information asks top1 < t_p and J < t_j; J adds two divergences that are never negative. So top1 >= t_p settles a
-        token, and so does the region's share of J alone once it reaches t_j.
-        """
-        count = len(tokens)
-        region, whole = np.full((2, count), np.nan, dtype=np.float32)
-        single = self._single(image, runs, tokens)
-        open_ = np.ones(count, dtype=bool)
-        if self._thresholds is not None:
-            open_ = single < np.float64(self._thresholds[0])
-        self.counters.single.add(count, count)
-        self.counters.region.add(count, int(open_.sum()))
-        if open_.any():
-            region[open_] = self._region(image, runs, tokens[torch.from_numpy(open_)])
-        if self._thresholds is not None:
-            open_ &= region.astype(np.float64) * self._config.region_weight < self._thresholds[1]
-        self.counters.global_.add(count, int(open_.sum()))
-        if open_.any():
-            whole[open_] = self._global(image, runs, tokens[torch.from_numpy(open_)])
-        return single, region, whole
-
-    def _logits(self, image: OneImage, runs: Runs) -> Iterator[tuple[slice, Tensor]]:
-        return self._read.logits(image.chat, image.length, image.table, runs)
-
-    def _single(self, image: OneImage, runs: ImageRuns, tokens: Tensor) -> Floats:
-        top1 = torch.empty(len(tokens), device=image.table.embeddings.device)
-        for rows, logits in self._logits(image, runs.single(tokens)):
-            top1[rows] = top1_probability(logits, self._config.top_k_single)
-        return _floats(top1)
-
-    def _region(self, image: OneImage, runs: ImageRuns, tokens: Tensor) -> Floats:
-        representative, window = runs.distinct_windows(tokens)
-        k, device = self._config.top_k_divergence, image.table.embeddings.device
-        answers = self._logits(image, runs.region(representative))
-        reference = Candidates.join([Candidates.of(logits, k) for _, logits in answers])
-        window = window.to(device, non_blocking=True)
-        moved = torch.empty(len(tokens), device=device)
-        for rows, logits in self._logits(image, runs.region_ablated(tokens)):
-            moved[rows] = reference[window[rows]].divergence(logits, self._config.divergence)
-        return _floats(moved)
-
-    def _global(self, image: OneImage, runs: ImageRuns, tokens: Tensor) -> Floats:
-        """One run of the whole image fills the cache that all ablated runs start from."""
-        representative, window = runs.distinct_windows(tokens)
-        if image.whole is None:
-            image.whole = self._read.extend(image.chat, image.length, image.table, runs.whole())
-        prefix, answer = image.whole
-        reference = Candidates.of(answer, self._config.top_k_divergence)
-        moved, member = [], []
-        for group in runs.global_ablated(representative):
-            for rows, logits in self._read.logits(prefix, image.length + group.start, image.table, group.runs):
-                moved.append(reference.divergence(logits, self._config.divergence))
-                member.append(group.member[rows])
-        found: Floats = _floats(torch.cat(moved))[torch.cat(member).argsort()[window].numpy()]
-        return found
+    def _table(self, place: Tensor, seen: Sequence[Seen]) -> Table:
+        """What the runs of these images are made of, see `runs`; `place`: where visual tokens stand in `prompt.inner`."""
+        prompt = seen[0].prompt
+        inner = self._embedded(prompt.inner)
+        place = place.to(inner.device)
+        rest = torch.cat([self._ablated, self._embedded(prompt.suffix), self._embedded(prompt.prefix)])
+        tables = [torch.cat([inner.index_copy(0, place, image.visual.embeddings), rest]) for image in seen]
+        slots = torch.zeros(len(tables[0]), dtype=torch.bool, device=inner.device)
+        slots[place] = slots[len(inner)] = True
+        layered = [f for f in (image.visual.layer_features for image in seen) if f is not None]
+        features = [f.new_zeros(len(slots), *f.shape[1:]).index_copy(0, place, f) for f in layered]
+        return Table(torch.cat(tables), torch.cat(features) if features else None, slots.repeat(len(seen)))
 
 
-def _floats(values: Tensor) -> Floats:
-    """For `ImageScores`, where NaN stands for what was not computed: what was computed and is NaN becomes infinite."""
-    found: Floats = values.float().nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).cpu().numpy()
-    return found
+def _image_scores(
+    image: Seen, flat: Tensor, token: NDArray[np.int64], similarity: Floats | None, scores: Floats
+) -> ImageScores:
+    """Of the sampled tokens of an image; see `Prober._sampled`, and for the scores [3, m] `Experiments.scores`."""
+    chosen = flat[torch.from_numpy(token)]
+    single, region, whole = scores
+    return ImageScores(
+        key=image.key,
+        token=token.astype(np.int32),
+        position=image.visual.position.cpu()[chosen].numpy().astype(np.int16),
+        top1_prob=single,
+        region_divergence=region,
+        global_divergence=whole,
+        cls_similarity=None if similarity is None else similarity[token],
+        embeddings=image.embeddings[chosen].numpy(),
+    )

@@ -1,9 +1,9 @@
 """What each experiment lets the model see, as rows of indices into one table of embeddings.
 
 The table of an image is [everything from its first to its last visual token (n), ablation embedding (1), suffix embeddings
-(s)]; a run is the row of table indices that follows the chat prefix. Where nothing can be shared the table ends with the prefix
-itself, and every run begins with it. All functions here are pure; which experiment needs which
-run is arXiv 2503.20540, sections 3.1 and 3.2.
+(s), prefix embeddings (p)]; those of images with one layout stand one behind the other. A run is the row of table indices that
+follows the chat prefix; where nothing can be shared, every run begins with the prefix itself. All functions here are pure;
+which experiment needs which run is arXiv 2503.20540, sections 3.1 and 3.2.
 """
 
 from __future__ import annotations
@@ -74,32 +74,48 @@ class Table:
 @dataclass(frozen=True)
 class Runs:
     """Sequences of equal length. index: [m, q] long, rows of the table. place: [m, q, 3] long, time, height and width of each
-    position, as M-RoPE numbers text, an image of the cells shown, and text behind it; for families that place tokens so."""
+    position, as M-RoPE numbers text, an image of the cells shown, and text behind it; for families that place tokens so. image:
+    [m] long, the number of the image each run is of."""
 
     index: Tensor
     place: Tensor
+    image: Tensor
 
     def to(self, device: torch.device) -> Runs:
         """The runs on another device."""
-        return Runs(self.index.to(device, non_blocking=True), self.place.to(device, non_blocking=True))
+        return Runs(*(t.to(device, non_blocking=True) for t in (self.index, self.place, self.image)))
 
     def split(self, parts: int) -> list[Runs]:
         """So many groups, as equal as can be, in order."""
-        pairs = zip(self.index.tensor_split(parts), self.place.tensor_split(parts), strict=True)
-        return [Runs(*pair) for pair in pairs]
+        groups = (t.tensor_split(parts) for t in (self.index, self.place, self.image))
+        return [Runs(*group) for group in zip(*groups, strict=True)]
 
 
 def text_runs(length: int) -> Runs:
     """One run over the first rows of a table, all of them text at the beginning: [1, length]."""
     index = torch.arange(length)[None]
-    return Runs(index, index.unsqueeze(-1).expand(-1, -1, 3))
+    return Runs(index, index.unsqueeze(-1).expand(-1, -1, 3), torch.zeros(1, dtype=torch.long))
+
+
+@dataclass(frozen=True)
+class Probed:
+    """Visual tokens to probe. image: [m] long, number of the image each is in. cell: [m] long, its raster index in the grid."""
+
+    image: Tensor
+    cell: Tensor
+
+    def __len__(self) -> int:
+        return len(self.cell)
+
+    def __getitem__(self, rows: Tensor) -> Probed:
+        return Probed(self.image[rows], self.cell[rows])
 
 
 @dataclass(frozen=True)
 class GlobalGroup:
-    """Global runs that share everything before their first ablated token.
+    """Global runs with one number of tokens before the first ablated one.
 
-    member: indices into the list of distinct windows. start: visual tokens taken from the shared prefix. runs: of g windows.
+    member: indices into the list of distinct windows. start: tokens taken from the image's own prefix. runs: of g windows.
     """
 
     member: Tensor
@@ -108,7 +124,7 @@ class GlobalGroup:
 
 
 class ImageRuns:
-    """The runs of one grid of an image. `tokens` are raster indices of its cells [m] long."""
+    """The runs of one grid of an image, or of that grid in several images with the same layout."""
 
     def __init__(
         self, cells: Tensor, count: int, before: int, suffix: int, ablation: Literal["replace", "drop"], apart: bool = False
@@ -133,12 +149,14 @@ class ImageRuns:
         self._cell = torch.zeros(count, 2, dtype=torch.long)
         self._cell[self._flat] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2)
         self._before, self._suffix = before, torch.arange(count + 1, count + 1 + suffix)
+        self._size = count + 1 + suffix + before
 
-    def _finish(self, visual: Tensor, cell: Tensor, gone: Tensor | None = None) -> Runs:
-        """Rows [m, q] of the image with the suffix behind them.
+    def _finish(self, image: Tensor, visual: Tensor, cell: Tensor, gone: Tensor | None = None) -> Runs:
+        """Rows [m, q] of images with the suffix behind them.
 
         Args:
-            visual: [m, q] table indices.
+            image: [m], the image of each run.
+            visual: [m, q] indices in the table of one image.
             cell: [m or 1, q, 2], row and column of each in the grid that is shown.
             gone: [m, g] table indices to ablate: the ablation embedding in their place, or rows of q - g.
         """
@@ -154,40 +172,44 @@ class ImageRuns:
         behind = torch.arange(side, side + len(self._suffix))[:, None].expand(len(visual), -1, 3)
         index = torch.cat([x.expand(len(visual), -1) for x in (self._lead, visual, self._suffix)], dim=1)
         ahead = torch.arange(len(self._lead))[:, None].expand(len(visual), -1, 3)
-        return Runs(index, torch.cat([ahead, torch.cat([place, behind], 1) + self._before], 1))
+        place = torch.cat([ahead, torch.cat([place, behind], 1) + self._before], 1)
+        return Runs(index + image[:, None] * self._size, place, image)
 
-    def single(self, tokens: Tensor) -> Runs:
+    def single(self, probed: Probed) -> Runs:
         """One visual token alone: [m, 1 + s]."""
-        return self._finish(self._flat[tokens][:, None], torch.zeros(1, 1, 2, dtype=torch.long))
+        return self._finish(probed.image, self._flat[probed.cell][:, None], torch.zeros(1, 1, 2, dtype=torch.long))
 
-    def distinct_windows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens at a border share their window with a neighbour: (one representative per window, index into it per token)."""
-        first, inverse = torch.unique(self._windows[tokens, 0], return_inverse=True)
+    def distinct_windows(self, probed: Probed) -> tuple[Probed, Tensor]:
+        """Tokens at a border share their window with a neighbour: (one token per window, index into them per token)."""
+        first, inverse = torch.unique(probed.image * self._count + self._windows[probed.cell, 0], return_inverse=True)
         representative = torch.empty(len(first), dtype=torch.long)
-        representative[inverse] = tokens
-        return representative, inverse
+        representative[inverse] = torch.arange(len(probed))
+        return probed[representative], inverse
 
-    def region(self, tokens: Tensor) -> Runs:
+    def region(self, probed: Probed) -> Runs:
         """The window around each token, raster order: [m, 9 + s]."""
-        return self._finish(self._windows[tokens], self._window[None])
+        return self._finish(probed.image, self._windows[probed.cell], self._window[None])
 
-    def region_ablated(self, tokens: Tensor) -> Runs:
+    def region_ablated(self, probed: Probed) -> Runs:
         """The same with the token itself ablated: [m, 9 + s] or [m, 8 + s]."""
-        return self._finish(self._windows[tokens], self._window[None], self._flat[tokens][:, None])
+        own = self._flat[probed.cell][:, None]
+        return self._finish(probed.image, self._windows[probed.cell], self._window[None], own)
 
-    def whole(self) -> Runs:
-        """The full image: [1, n + s]."""
-        return self._finish(torch.arange(self._count)[None], self._cell[None])
+    def whole(self, image: Tensor) -> Runs:
+        """These images in full: [m, n + s]."""
+        return self._finish(image, torch.arange(self._count).expand(len(image), -1), self._cell[None])
 
-    def global_ablated(self, tokens: Tensor) -> Iterator[GlobalGroup]:
+    def global_ablated(self, probed: Probed) -> Iterator[GlobalGroup]:
         """The full image with each token's window ablated, grouped by the grid row the window starts in.
 
         Causal attention: nothing before the first ablated token changes, so a group begins there; within a group all
         runs have the same length. Where image tokens see each other it begins with the image.
         """
-        for row in torch.unique(self._corner_row[tokens]).tolist():
-            member = torch.nonzero(self._corner_row[tokens] == row).flatten()
-            gone = self._windows[tokens[member]]
+        rows = self._corner_row[probed.cell]
+        for row in torch.unique(rows).tolist():
+            member = torch.nonzero(rows == row).flatten()
+            mine = probed[member]
+            gone = self._windows[mine.cell]
             start = 0 if self._apart else int(gone.min())
             visual = torch.arange(start, self._count).expand(len(member), -1)
-            yield GlobalGroup(member, start, self._finish(visual, self._cell[None, start:], gone))
+            yield GlobalGroup(member, start, self._finish(mine.image, visual, self._cell[None, start:], gone))

@@ -431,7 +431,7 @@ def test_runs_leave_the_shared_prefix_alone_and_keep_no_keys() -> None:
         vectors = torch.randn(3, 7, 64, generator=torch.Generator().manual_seed(0))
         cache = decoder(inputs_embeds=vectors[:1], use_cache=True).past_key_values
         before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
-        view = SharedPrefix(cache).rows(5, 3)
+        view = SharedPrefix(cache).rows(5, torch.tensor([0, 0, 0]))
         assert view.layers[0].keys.data_ptr() == cache.layers[0].keys.data_ptr()  # not copied
         decoder(inputs_embeds=vectors, past_key_values=view, use_cache=True)
     for layer, mine, (keys, values) in zip(cache.layers, view.layers, before, strict=True):

@@ -171,21 +171,22 @@ def similarity(family: Family, inputs: Any) -> Array | None:
 def test_scores_equal_one_forward_per_experiment(name: str) -> None:
     family = FAMILIES[name]("sdpa")
     family.model.get_input_embeddings().weight.data[0].normal_(generator=torch.Generator().manual_seed(5))
-    processor, image = processor_of(family), noise_image(3, (60, 24))
+    processor, images = processor_of(family), [noise_image(3, (60, 24)), noise_image(4, (24, 60)), noise_image(5, (60, 24))]
     for ablation in ("replace", "drop"):
-        settings = config(ablation=ablation, **SETTINGS)
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": SETTINGS["prompt"]}]}],
-            add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-        )  # fmt: skip
-        answers = oracle(family, inputs, ablation)
-        prober = Prober(family.model, processor, settings, None)
-        found = prober.probe([image], ["a"])[0]
-        cells = [cell for cell in cells_of(family, inputs) if cell[1] >= 0]
-        assert found.token.tolist() == list(range(len(cells)))
-        assert found.position.tolist() == [[row, column] for _, row, column in cells]
-        assert_scores(found, answers, "jsd")
-        assert prober.counters.global_.asked == len(cells)
+        prober = Prober(family.model, processor, config(ablation=ablation, **SETTINGS), None)
+        asked = 0
+        for image, found in zip(images, prober.probe(images, ["a", "b", "c"]), strict=True):
+            content = [{"type": "image", "image": image}, {"type": "text", "text": SETTINGS["prompt"]}]
+            inputs = processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+            )  # fmt: skip
+            cells = [cell for cell in cells_of(family, inputs) if cell[1] >= 0]
+            assert found.token.tolist() == list(range(len(cells)))
+            assert found.position.tolist() == [[row, column] for _, row, column in cells]
+            assert_scores(found, oracle(family, inputs, ablation), "jsd")
+            asked += len(cells)
+        assert prober.counters.global_.asked == asked
 
 
 def test_the_same_vectors_enter_as_in_the_matrix() -> None:

@@ -84,8 +84,8 @@ def test_scores_equal_one_forward_per_experiment(family: str, ablation: str) -> 
     model.get_input_embeddings().weight.data[0].normal_(generator=torch.Generator().manual_seed(5))
     answers = oracle(family, ablation)
     prober = Prober(model, HandMade(family), config(ablation=ablation), None)
-    found = prober.probe([noise_image(0)], ["a"])[0]
-    assert found.position.tolist() == [[r, c] for r in range(GRID[0]) for c in range(GRID[1])]
-    assert_scores(found, answers, "jsd")
+    for found in prober.probe([noise_image(0)] * 3, ["a", "b", "c"]):
+        assert found.position.tolist() == [[r, c] for r in range(GRID[0]) for c in range(GRID[1])]
+        assert_scores(found, answers, "jsd")
     plain = model(**inputs_of(family, [PROMPT])).logits[0, -1]  # the whole image is run as the model runs it
     np.testing.assert_allclose(answers.whole, plain.detach().double().numpy(), atol=1e-4)
