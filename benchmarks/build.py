@@ -1,12 +1,13 @@
 """What a build costs: `python -m benchmarks.build`.
 
-The same experiments on the same images, interleaved image by image: (a) one generate() call an experiment, as the public
-implementation of arXiv 2503.20540 makes them, and the least such a call can do; (b) batched, nothing shared; (c) with shared
-prefixes; (d) and the cascade. In float32 all must find the same low-information tokens; in bfloat16 rounding decides close
-ones, and the share on which (a) and the others agree is reported. Ratios are medians over images; model seconds are CPU
-seconds of this process in the model (one thread), so that other load disturbs less, or on a GPU those of the clock. There a
-model of LLaVA-1.5-7B's shape is probed at 96 tokens, as published, and at all 576. Hours are what the paper's 500 images would
-take on one device, extrapolated. Whole builds are in `benchmarks.whole_builds`.
+The same experiments on the same images, interleaved group by group, as many images as a worker takes at a time: (a) one
+generate() call an experiment, as the public implementation of arXiv 2503.20540 makes them, and the least such a call can do;
+(b) batched, nothing shared; (c) with shared prefixes, and batches that images share; (d) and the cascade. In float32 all must
+find the same low-information tokens; in bfloat16 rounding decides close ones, and the share on which (a) and the others agree
+is reported. Ratios are medians over groups; model seconds are CPU seconds of this process in the model (one thread), so that
+other load disturbs less, or on a GPU those of the clock. There a model of LLaVA-1.5-7B's shape is probed at 96 tokens, as published,
+and at all 576. Hours are what the paper's 500 images would take on one device, extrapolated. Whole builds are in
+`benchmarks.whole_builds`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from codebook_builder.costs import measured_peak
 from codebook_builder.memory import keep_freed_memory
 from codebook_builder.probe import AUTO_BUDGET, Prober
 from codebook_builder.scores import ImageScores, low_information
+from codebook_builder.vision import IMAGES_AT_ONCE
 from codebook_prune import load_model
 from codebook_schemas import ProbeConfig
 from reference_vlm import CHECKPOINT
@@ -41,6 +43,7 @@ from reference_vlm.scenes import make_scene, render
 
 console = Console(stderr=True)
 Way = PlainProber | Prober
+Picture = tuple[Image.Image, str]
 PUBLISHED = "(a) one generate() an experiment, as published"
 LEAST = "(a') one generate() of one token, image encoded once"
 
@@ -138,15 +141,15 @@ def agreement(reference: ImageScores, other: ImageScores, limits: tuple[float, f
     return float((near | (a == b)).mean())
 
 
-def spend(way: Way, image: Image.Image, key: str, device: torch.device) -> tuple[ImageScores, Spent]:
-    """One image's scores and what they took."""
+def spend(way: Way, pictures: Sequence[Picture], device: torch.device) -> tuple[list[ImageScores], Spent]:
+    """A group's scores and what they took."""
     if isinstance(way, PlainProber):
         way.spent = Spent()
-        return way.probe(image, key), way.spent
+        return [way.probe(*picture) for picture in pictures], way.spent
     wall = time.perf_counter()
-    prompt = way.prepare(image)
+    prompts = [way.prepare(image) for image, _ in pictures]
     before, started = way.counters.flops, busy(device)
-    (scores,) = way.probe_prepared([prompt], [key])
+    scores = way.probe_prepared(prompts, [key for _, key in pictures])
     model = busy(device) - started
     return scores, Spent(model, time.perf_counter() - wall, way.counters.flops - before)
 
@@ -166,24 +169,26 @@ def peak(case: Case, size: int = 1536) -> float:
 def compare(case: Case) -> list[dict[str, Any]]:
     """All rows of one case."""
     pictures = [(render(make_scene("codebook", i)), f"scene-{i}") for i in range(case.images)]
-    off = Prober(case.model, case.processor, case.config, None)
-    limits = thresholds_of([off.probe([p], [k])[0] for p, k in pictures], case.quantile, case.config)
+    everything = Prober(case.model, case.processor, case.config, None)
+    limits = thresholds_of(everything.probe(*zip(*pictures, strict=True)), case.quantile, case.config)
     ways = case.ways(limits)
     spent: dict[str, list[Spent]] = {name: [] for name in ways}
     agreed: dict[str, list[float]] = {name: [] for name in ways}
     peaks, low = [], 0
-    for picture, key in pictures:
+    for start in range(0, case.images, IMAGES_AT_ONCE):
+        group = pictures[start : start + IMAGES_AT_ONCE]
         peaks.append(peak(case))
-        first: ImageScores | None = None
+        first: list[ImageScores] = []
         for name, way in ways.items():
-            scores, cost = spend(way, picture, key, case.device)
+            scores, cost = spend(way, group, case.device)
             spent[name].append(cost)
             first = first or scores
-            agreed[name].append(agreement(first, scores, limits, case.config))
-            if case.exact and agreed[name][-1] < 1:
-                raise RuntimeError(f"{key}: {name} disagrees about low-information tokens")
-        low += int(low_information(first, limits, case.config).sum()) if first else 0
-        console.print(case.name, case.probed, key, [round(costs[-1].model, 2) for costs in spent.values()])
+            same = [agreement(a, b, limits, case.config) for a, b in zip(first, scores, strict=True)]
+            if case.exact and min(same) < 1:
+                raise RuntimeError(f"{group[same.index(min(same))][1]}: {name} disagrees about low-information tokens")
+            agreed[name] += same
+        low += sum(int(low_information(scores, limits, case.config).sum()) for scores in first)
+        console.print(case.name, case.probed, group[0][1], [round(costs[-1].model, 2) for costs in spent.values()])
     cascade = next(way for name, way in ways.items() if "cascade" in name)
     work = cascade.counters.work(1.0) if isinstance(cascade, Prober) else None
     return [
@@ -223,28 +228,30 @@ def row(case: Case, name: str, spent: dict[str, list[Spent]], peak: float) -> di
     }
 
 
-def cases(images: int) -> list[Case]:
+def cases(groups: int) -> list[Case]:
     """Growth with the tokens probed (reference model), with the thresholds, and with the tokens of an image (random LLaVA)."""
+    images = groups * IMAGES_AT_ONCE
     if torch.cuda.is_available():
         large, name = random_llava_7b(), "random LLaVA (LLaVA-1.5-7B's shape, bf16)"
-        small = Case(name, *large, 576, 96, min(images, 2), 0.35)
-        return [small, replace(small, probed=576, images=1, without=(PUBLISHED, LEAST))]
+        naive = (PUBLISHED, LEAST)
+        small = Case(name, *large, 576, 96, 2, 0.35)  # one generate() an experiment takes minutes an image
+        return [small, replace(small, images=images, without=naive), replace(small, probed=576, images=8, without=naive)]
     reference = load_model(str(CHECKPOINT))
     found = [Case("reference VLM", *reference, 144, probed, images, 0.35) for probed in (16, 48, 144)]
     found.append(Case("reference VLM", *reference, 144, 48, images, 0.15))
-    for side, count in ((12, 3), (24, 2), (54, 1)):
-        found.append(Case("random LLaVA (d 512, 8 layers)", *random_llava(side, 512), side * side, 6, count, 0.35))
+    for side, count in ((12, images), (24, 8), (54, 2)):
+        found.append(Case("random LLaVA (d 512, 8 layers)", *random_llava(side, 512), side * side, 6, min(count, images), 0.35))
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=3, help="images of a case")
+    parser.add_argument("--groups", type=int, default=3, help="of 8 images; large models take fewer images")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/build.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()  # as workers do; the naive ways gain by it too
-    rows = [row for case in cases(args.images) for row in compare(case)]
+    rows = [row for case in cases(args.groups) for row in compare(case)]
     publish("build", rows, 0, out=args.out)
 
 

@@ -32,10 +32,10 @@ PROBING = """One thread, CPU seconds in the model:
 * (a) one `generate()` call an experiment, as published: the image is encoded in each, up to eight tokens are generated;
 * (a') the same with the image encoded once and one token generated;
 * (b) one forward pass an experiment, batched, nothing shared;
-* (c) and shared prefixes;
+* (c) and shared prefixes, and batches shared by up to eight images, as in a worker;
 * (d) and the cascade, both thresholds at a quantile. All five find the same low-information tokens.
 
-Columns (a') to (d): speed-up over (a)."""
+Columns (a') to (d): speed-up over (a), median over groups of images."""
 
 
 def whole_model(row: Row) -> bool:

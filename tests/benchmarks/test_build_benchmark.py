@@ -40,13 +40,15 @@ def test_in_half_precision_agreement_is_reported_and_ways_may_be_left_out() -> N
 def test_another_set_of_tokens_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     real = build.spend
 
-    def wrong(way: build.Way, *rest: object) -> tuple[ImageScores, build.Spent]:
-        scores, spent = real(way, *rest)  # type: ignore[arg-type]
-        return (replace(scores, top1_prob=1 - scores.top1_prob) if isinstance(way, build.BatchedApart) else scores), spent
+    def wrong(way: build.Way, *rest: object) -> tuple[list[ImageScores], build.Spent]:
+        (*scores, last), spent = real(way, *rest)  # type: ignore[arg-type]
+        if isinstance(way, build.BatchedApart):
+            last = replace(last, top1_prob=1 - last.top1_prob)
+        return [*scores, last], spent
 
     monkeypatch.setattr(build, "spend", wrong)
-    with pytest.raises(RuntimeError, match=r"scene-0: \(b\) batched, nothing shared disagrees"):
-        compare(CASE)
+    with pytest.raises(RuntimeError, match=r"scene-7: \(b\) batched, nothing shared disagrees"):
+        compare(replace(CASE, images=9))
 
 
 def test_rand_index_by_hand() -> None:
