@@ -5,8 +5,8 @@ generate() call an experiment, as the public implementation of arXiv 2503.20540 
 (b) batched, nothing shared; (c) with shared prefixes, and batches that images share; (d) and the cascade. In float32 all must
 find the same low-information tokens; in bfloat16 rounding decides close ones, and the share on which (a) and the others agree
 is reported. Ratios are medians over groups; model seconds are CPU seconds of this process in the model (one thread), so that
-other load disturbs less, or on a GPU those of the clock. There a model of LLaVA-1.5-7B's shape is probed at 96 tokens, as published,
-and at all 576. Hours are what the paper's 500 images would take on one device, extrapolated. Whole builds are in
+other load disturbs less, or on a GPU those of the clock. There a model of LLaVA-1.5-7B's shape is probed at 96 tokens, as
+published, and at all 576. Hours are what the paper's 500 images would take on one device, extrapolated. Whole builds are in
 `benchmarks.whole_builds`.
 """
 
