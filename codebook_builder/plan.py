@@ -24,6 +24,7 @@ from codebook_builder.probe import Prober
 from codebook_builder.run import read_inputs, resolve
 from codebook_builder.scores import ImageScores, to_table
 from codebook_builder.shards import read_shard
+from codebook_builder.vision import IMAGES_AT_ONCE
 from codebook_builder.worker import load_once
 from codebook_schemas import BuildConfig, UserError
 from codebook_schemas.inputs import InputManifest
@@ -68,8 +69,8 @@ class Plan:
         }
 
 
-def plan(config: BuildConfig, images: int = 2) -> Plan:
-    """Measure `images` images and multiply.
+def plan(config: BuildConfig, images: int = IMAGES_AT_ONCE) -> Plan:
+    """Measure `images` images and multiply. Memory is that of a worker only for as many as it takes at a time.
 
     Raises:
         UserError: bad input, no readable image, or the workers cannot fit into memory.
