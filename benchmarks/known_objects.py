@@ -1,7 +1,4 @@
-"""A yardstick, no method: the choice of tokens by someone who is told where the objects are.
-
-What it loses is hardly the choice's fault but the model's, which was never shown pruned inputs.
-"""
+"""A yardstick, no method and no bound: a choice of tokens by someone who is told where the objects are."""
 
 from __future__ import annotations
 

@@ -30,7 +30,8 @@ class CodebookDiversityPruner(Pruner):
     while few are kept, and coverage decides later. The distance is 1 - cosine of the embeddings, centred on their image's
     mean, plus `spread` times the distance in the picture, so that equal objects in different places are all kept. There is
     one order of an image's tokens: a larger budget keeps what a smaller one kept. No question and no attention: the same
-    image keeps the same tokens for every question. Memory: n x n floats an image, beside tokens x prototypes.
+    image keeps the same tokens for every question. Memory, an image: n x n floats for distances, n for every token kept, beside
+    tokens x prototypes.
 
     Args:
         codebook: of this model.
@@ -82,6 +83,11 @@ class CodebookDiversityPruner(Pruner):
             recognised = redundancy > self.remove_above
             distances = torch.where(recognised.unsqueeze(1), (-2 - redundancy).unsqueeze(1), distances)
             logarithm.masked_fill_(recognised, 0)
-        steps = torch.arange(1, kept, device=redundancy.device).view(-1, 1)
-        exponents = (self.strength * redundancy.shape[1] / steps).clamp_(max=1)
-        return farthest_first(distances, redundancy.argmin(1), kept, (exponents * logarithm.unsqueeze(1)).exp_())
+        weights = self._weights(logarithm, kept) if self.strength else None
+        return farthest_first(distances, redundancy.argmin(1), kept, weights)
+
+    def _weights(self, logarithm: Tensor, kept: int) -> Tensor:
+        """(1 - redundancy) ** exponent of every step behind the first: [images, kept - 1, n], from log(1 - redundancy)."""
+        steps = torch.arange(1, kept, device=logarithm.device).view(-1, 1)
+        exponents = (self.strength * logarithm.shape[1] / steps).clamp_(max=1)
+        return (exponents * logarithm.unsqueeze(1)).exp_()
