@@ -15,7 +15,7 @@ from codebook_prune.adapters.base import VLMAdapter
 from codebook_prune.visual_tokens import VisualTokens
 
 IMAGES_AT_ONCE = 8
-"""Images that are encoded, and whose scores are written, together. Fixed, and counted from the start of a shard: its scores are
+"""Images that are encoded, probed and written together. Fixed, and counted from the start of a shard: its scores are
 the same bits wherever and whenever it is probed."""
 
 

@@ -50,7 +50,7 @@ def passes(model: Any) -> Iterator[list[tuple[int, int]]]:
 @pytest.mark.parametrize("budget", [40, 150, "auto"])
 @pytest.mark.parametrize("ablation", ["replace", "drop"])
 def test_every_image_of_a_group_agrees_with_the_oracle(budget: int | str, ablation: str) -> None:
-    """40 positions hold one whole image, 150 hold some, the rest of the budgets all."""
+    """A batch of 40 positions holds one whole image, one of 150 four, the default all."""
     answers = [tiny_answers(2, seed, ablation) for seed in SEEDS]
     settings = config(ablation=ablation, tokens_per_batch=budget)
     limits = thresholds_for(answers, "jsd", settings)

@@ -49,7 +49,7 @@ def test_batches_keep_their_budget_and_logits_do_not_pile_up() -> None:
     ]
     try:
         prober = Prober(model, processor, config(tokens_per_batch=100), None)
-        prober.probe([noise_image(0)], ["a"])
+        prober.probe([noise_image(seed) for seed in range(6)], list("abcdef"))
     finally:
         for handle in handles:
             handle.remove()
